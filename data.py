@@ -1,0 +1,786 @@
+"""The world: scenes, their pictures and texts; real data sets; the words; and the token templates every task is written in.
+
+A scene is a small record of one to three coloured shapes. Its picture, captions, questions and answers are all derived
+from that record, so every answer is known exactly and 5,000 scenes a second cost one core. What a model may learn from
+is limited on purpose, so that later claims can be tested:
+
+  pool        objects  pairs of kinds          pictures with texts   prompts in GRPO   judged as
+  paired      1-2      common                  yes (noisy captions)  yes               compose
+  prompted    2        8 "prompt-only" pairs   never                 yes               compose_heldout
+  three       3        no held-out pair        never                 yes               compose_heldout
+  heldout     2-3      8 held-out pairs        never                 never             compose_unprompted
+
+A kind is a colour and a shape (12 of them); what is held out are *co-occurrences* of two kinds, never a kind itself:
+every patch a held-out picture needs has been seen in pre-training (tests/test_data.py asserts it).
+
+Web captions are noisy, so pre-training captions are too (NOISE): a wrong word (independent noise, which a low sampling
+temperature undoes), an omitted attribute, an omitted or reversed relation (structured noise). Questions are clean.
+
+A task is a *template* of tokens: entries >= 0 are given, -1 is chosen by the policy from its allowed range [lo, hi).
+  draw     <bos> <draw> words <image>                      -> codes
+  caption  <bos> <caption> <image> codes <answer>          -> words <eos>
+  ask      <bos> <ask> <image> codes question <answer>     -> word <eos>
+  reason   <bos> <reason> <image> codes question <answer>  -> <think> steps </think> word <eos>
+  text     <bos> <text>                                    -> words <eos>         (plain language modelling)
+
+Symbols: N sequences, L positions, P patches of a picture, K codes of the codebook, V vocabulary (words, then codes).
+
+    $ python data.py        # draws one scene of each pool with its texts, and times them; 2 seconds
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import tarfile
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+# ---------------------------------------------------------------- the synthetic world: scenes and pictures
+
+SIDE, CELL = 32, 16  # a picture is 32x32 pixels: two rows and two columns of 16x16 cells, at most one object in each
+COLORS = {"red": (230, 50, 50), "green": (40, 180, 70), "blue": (50, 90, 230), "yellow": (240, 210, 40)}
+SHAPES = ("circle", "square", "triangle")
+SIZES = {"small": 7, "big": 13}  # width in pixels
+ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
+INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+BACKGROUND = (16, 16, 20)
+KINDS = [(color, shape) for color in COLORS for shape in SHAPES]
+NOISE = {"wrong": 0.15, "omit": 0.15, "unrelate": 0.2, "reverse": 0.2}  # chances per pre-training caption
+
+
+class Object(NamedTuple):
+    """One shape: words for its look, its cell (row, column: 0 or 1), and its shift inside the cell in pixels."""
+
+    color: str
+    shape: str
+    size: str
+    row: int
+    column: int
+    dx: int = 0
+    dy: int = 0
+
+    @property
+    def kind(self):
+        return self.color, self.shape
+
+
+def shape_mask(shape, width):
+    """(width, width) bool: the filled outline of a shape. The judge compares against the same three outlines.
+
+    >>> shape_mask("triangle", 5).astype(int).sum(1).tolist()
+    [1, 1, 3, 3, 5]
+    """
+    y, x = np.mgrid[:width, :width] - (width - 1) / 2
+    if shape == "square":
+        return np.ones((width, width), bool)
+    if shape == "circle":
+        return x**2 + y**2 <= (width / 2) ** 2
+    return np.abs(x) <= (y + (width - 1) / 2) // 2  # triangle: a row gets wider every second line
+
+
+SPRITES = {(c, s, z): np.where(shape_mask(s, w)[..., None], np.uint8(COLORS[c]), np.uint8(BACKGROUND))
+           for c, s in KINDS for z, w in SIZES.items()}
+
+
+def render(scene):
+    """The picture of a scene: (32, 32, 3) uint8 RGB."""
+    picture = np.empty((SIDE, SIDE, 3), np.uint8)
+    picture[:] = BACKGROUND
+    for o in scene:
+        width = SIZES[o.size]
+        top = o.row * CELL + (CELL - width + 1) // 2 + o.dy
+        left = o.column * CELL + (CELL - width + 1) // 2 + o.dx
+        picture[top : top + width, left : left + width] = SPRITES[o.color, o.shape, o.size]
+    return picture
+
+
+def related(a, relation, b):
+    """Does `a relation b` hold between two objects? Cells decide, not pixels: diagonal neighbours are both
+    left of / right of and above / below.
+
+    >>> related(Object("red", "circle", "big", 0, 0), "left of", Object("blue", "square", "big", 1, 1))
+    True
+    """
+    if relation in ("left of", "right of"):
+        return a.column < b.column if relation == "left of" else a.column > b.column
+    return a.row < b.row if relation == "above" else a.row > b.row
+
+
+# ---------------------------------------------------------------- what is held out
+
+_pairs = [frozenset((a, b)) for i, a in enumerate(KINDS) for b in KINDS[:i]]
+random.Random(0).shuffle(_pairs)
+HELDOUT_PAIRS, PROMPT_PAIRS = frozenset(_pairs[:8]), frozenset(_pairs[8:16])  # of 66 pairs of kinds
+
+
+COUNTS = {"paired": (1, 2, 2), "prompted": (2,), "three": (3,), "heldout": (2, 3)}  # objects a scene, drawn evenly
+
+
+def pairs_of(kinds):
+    kinds = list(kinds)
+    return {frozenset((a, b)) for i, a in enumerate(kinds) for b in kinds[:i]}
+
+
+def in_pool(pool, kinds):
+    """May a scene or caption with these kinds (colour, shape) stand in `pool`?"""
+    pairs = pairs_of(kinds)
+    if pool == "heldout":
+        return bool(pairs & HELDOUT_PAIRS)
+    if pool == "prompted":
+        return bool(pairs & PROMPT_PAIRS) and not pairs & HELDOUT_PAIRS
+    return not pairs & HELDOUT_PAIRS and (pool == "three" or not pairs & PROMPT_PAIRS)
+
+
+def sample_scene(rng, pool="paired", jitter=0, count=None):
+    """A random scene of a pool (see the table above): objects in different cells, of different kinds.
+
+    rng is a random.Random; jitter is the largest shift in pixels, 0 or 1; count overrides the pool's object numbers.
+    """
+    sizes, cells = tuple(SIZES), [(r, c) for r in (0, 1) for c in (0, 1)]
+    count = count or rng.choice(COUNTS[pool])
+    kinds = rng.sample(KINDS, count)
+    while not in_pool(pool, kinds):
+        kinds = rng.sample(KINDS, count)
+    shift = (lambda: (rng.randint(-jitter, jitter), rng.randint(-jitter, jitter))) if jitter else tuple
+    return [Object(c, s, sizes[rng.random() < 0.5], row, column, *shift())
+            for (c, s), (row, column) in zip(kinds, rng.sample(cells, count))]
+
+
+# ---------------------------------------------------------------- captions: what is said of a scene, and what is not
+
+
+class Mention(NamedTuple):
+    """What a caption says of one object; None where it says nothing. cell is (row, column)."""
+
+    color: str | None = None
+    shape: str | None = None
+    size: str | None = None
+    cell: tuple | None = None
+
+    def text(self):
+        where = f"at the {ROWS[self.cell[0]]} {COLUMNS[self.cell[1]]}" if self.cell else None
+        return " ".join(w for w in ("a", self.size, self.color, self.shape or "shape", where) if w)
+
+    def fits(self, o):
+        """Is everything that is said true of this object?"""
+        said = zip(self, (o.color, o.shape, o.size, (o.row, o.column)))
+        return all(word is None or word == truth for word, truth in said)
+
+
+class Caption(NamedTuple):
+    """Mentions of all objects of a picture, and perhaps how the first stands to the second.
+
+    >>> Caption((Mention("red", "circle"), Mention("blue", "square", "big")), "left of").text()
+    'a red circle left of a big blue square'
+    """
+
+    mentions: tuple
+    relation: str | None = None
+
+    def text(self):
+        return f" {self.relation or 'and'} ".join(m.text() for m in self.mentions)
+
+    @property
+    def kinds(self):
+        return [(m.color, m.shape) for m in self.mentions]
+
+
+_MENTION = re.compile(r"a(?: (small|big))?(?: (red|green|blue|yellow))? (circle|square|triangle|shape)(?: at the (top|bottom) (left|right))?")
+_BETWEEN = re.compile(r" (and|left of|right of|above|below) (?=a )")
+
+
+def parse_caption(text):
+    """The Caption that a text states, or None if it is not a caption of this grammar: the inverse of Caption.text.
+
+    >>> parse_caption("a red shape above a big square at the top left").relation
+    'above'
+    >>> parse_caption("red a circle") is None
+    True
+    """
+    parts = _BETWEEN.split(text)
+    found, between = [_MENTION.fullmatch(part) for part in parts[::2]], parts[1::2]
+    if not all(found) or len(found) > 3 or (len(found) == 3 and between != ["and", "and"]):
+        return None
+    mentions = []
+    for match in found:
+        size, color, shape, row, column = match.groups()
+        cell = (ROWS.index(row), COLUMNS.index(column)) if row else None
+        mentions.append(Mention(color, None if shape == "shape" else shape, size, cell))
+    return Caption(tuple(mentions), between[0] if between and between[0] in INVERSE else None)
+
+
+def true_caption(rng, scene):
+    """A random clean Caption of a scene: all objects with colour and shape, now and then size, place or relation."""
+    objects = rng.sample(scene, len(scene))
+    mentions = [Mention(o.color, o.shape, o.size if rng.random() < 0.35 else None) for o in objects]
+    if len(scene) == 2 and rng.random() < 0.45:
+        relations = [r for r in INVERSE if related(objects[0], r, objects[1])]
+        return Caption(tuple(mentions), rng.choice(relations))
+    if len(scene) < 3 and rng.random() < 0.5:
+        mentions[0] = mentions[0]._replace(cell=(objects[0].row, objects[0].column))
+    return Caption(tuple(mentions))
+
+
+def noisy_caption(rng, caption, pool="paired", noise=NOISE):
+    """The caption as a careless web page would have it: each chance of NOISE is drawn once. Never names a held-out pair."""
+    mentions, relation = list(caption.mentions), caption.relation
+    i = rng.randrange(len(mentions))
+    if rng.random() < noise["wrong"]:
+        edited = rng.choice([e for kind, e in edits(caption) if kind in ("color", "shape", "size", "position")])
+        mentions = list(edited.mentions) if in_pool(pool, edited.kinds) else mentions
+    if rng.random() < noise["omit"]:
+        mentions[i] = mentions[i]._replace(**{rng.choice(("color", "shape")): None})
+    if relation and rng.random() < noise["unrelate"]:
+        relation = None
+    elif relation and rng.random() < noise["reverse"]:
+        relation = INVERSE[relation]
+    return Caption(tuple(mentions), relation)
+
+
+def edits(caption):
+    """All captions one small edit away, as (kind, Caption): the perturbations that make a true caption false.
+
+    kind is color, shape, size, position, relation, drop (an object less) or add (one more).
+
+    >>> [e.text() for kind, e in edits(Caption((Mention("red", "circle"),))) if kind == "shape"]
+    ['a red square', 'a red triangle']
+    """
+    mentions, relation = caption
+    changed = []
+    for i, m in enumerate(mentions):
+        swap = lambda kind, **change: changed.append(  # noqa: E731
+            (kind, Caption((*mentions[:i], m._replace(**change), *mentions[i + 1 :]), relation)))
+        for color in COLORS if m.color else ():
+            swap("color", color=color)
+        for shape in SHAPES if m.shape else ():
+            swap("shape", shape=shape)
+        for size in SIZES if m.size else ():
+            swap("size", size=size)
+        for cell in ((0, 0), (0, 1), (1, 0), (1, 1)) if m.cell else ():
+            swap("position", cell=cell)
+        if len(mentions) > 1:
+            changed.append(("drop", Caption((*mentions[:i], *mentions[i + 1 :]))))
+    if relation:
+        changed.append(("relation", Caption(mentions, INVERSE[relation])))
+    if len(mentions) < 3 and not relation:
+        changed += [("add", Caption((*mentions, Mention(*kind)))) for kind in KINDS]
+    said = [m[:2] for m in mentions]
+    return [(kind, e) for kind, e in changed if e != caption and (kind == "drop" or len(set(e.kinds)) == len(e.kinds))
+            and not (kind == "add" and e.kinds[-1] in said)]
+
+
+# ---------------------------------------------------------------- questions, with worked steps for the two-hop ones
+
+
+def question(rng, scene):
+    """A random one-hop question and its one-word answer: existence, count, attribute or relation."""
+    o, kind = rng.choice(scene), rng.randrange(5)
+    if kind == 0:
+        asked = o.kind if rng.random() < 0.5 else rng.choice(KINDS)
+        return f"is there a {asked[0]} {asked[1]} ?", "yes" if asked in [p.kind for p in scene] else "no"
+    if kind == 1:
+        word = rng.choice(("shape", o.shape, rng.choice(SHAPES)))
+        return f"how many {word}s are there ?", ("zero", "one", "two", "three")[sum(word in ("shape", p.shape) for p in scene)]
+    if kind == 2 and sum(p.shape == o.shape for p in scene) == 1:
+        return f"what color is the {o.shape} ?", o.color
+    if kind == 3 and len(scene) > 1:
+        other, relation = rng.choice([p for p in scene if p is not o]), rng.choice(tuple(INVERSE))
+        return f"is the {o.color} {o.shape} {relation} the {other.color} {other.shape} ?", "yes" if related(o, relation, other) else "no"
+    return (f"what size is the {o.color} {o.shape} ?", o.size) if rng.random() < 0.5 else (
+        f"where is the {o.color} {o.shape} ?", f"{ROWS[o.row]}-{COLUMNS[o.column]}")
+
+
+def multihop_question(rng, scene):
+    """A two-hop question, its steps and answer: find an object, step to its neighbour, read an attribute.
+
+    The scene needs two objects or more. The neighbour is the only object in that direction.
+    """
+    while True:
+        anchor, relation = rng.choice(scene), rng.choice(tuple(INVERSE))
+        there = [o for o in scene if related(o, relation, anchor)]
+        if len(there) == 1:
+            break
+    o, what = there[0], rng.choice(("color", "shape", "size"))
+    noun = "thing" if what == "shape" else "shape"
+    steps = (f"{anchor.color} {anchor.shape} : {ROWS[anchor.row]} {COLUMNS[anchor.column]} . "
+             f"{relation} it : {o.size} {o.color} {o.shape}")
+    return f"what {what} is the {noun} {relation} the {anchor.color} {anchor.shape} ?", steps, getattr(o, what)
+
+
+# ---------------------------------------------------------------- examples: one task, one picture, one prompt, one answer
+
+
+class Example(NamedTuple):
+    """One item of one task. `answer` is the reference text ("" when drawing: there the picture is the answer);
+    `truth` is what a judge needs: the scene and the caption of the synthetic world, or a class label."""
+
+    task: str
+    picture: np.ndarray
+    prompt: str
+    answer: str
+    truth: object = None
+
+
+class World:
+    """The synthetic world as a source of examples. All randomness comes from the random.Random that is handed in."""
+
+    name, tasks = "synthetic", ("draw", "caption", "ask", "reason", "text")
+
+    def __init__(self, jitter=0):
+        self.jitter = jitter
+
+    def example(self, rng, task, pool="paired", noise=None, split="train"):
+        """One example of a task from a pool. noise: chances as in NOISE, or None for clean captions.
+        Splits differ only by the rng that is passed (another seed, other scenes)."""
+        if task == "text" and rng.random() < 0.3:
+            pool = "three"  # text alone is cheap and wide: it tells of scenes that no picture shows
+        scene = sample_scene(rng, pool, self.jitter, 2 if task == "reason" and pool == "paired" else None)
+        picture = render(scene)
+        if task == "ask":
+            return Example(task, picture, *question(rng, scene), scene)
+        if task == "reason":
+            asked, steps, answer = multihop_question(rng, scene)
+            return Example(task, picture, asked, f"<think> {steps} </think> {answer}", scene)
+        caption = true_caption(rng, scene)
+        text = (noisy_caption(rng, caption, pool, noise) if noise else caption).text()
+        prompt, answer = (text, "") if task == "draw" else ("", text)
+        return Example(task, picture, prompt, answer, (scene, caption))
+
+    def texts(self, rng, n):
+        """n texts that hold every word of the world: what the tokenizer is trained on."""
+        for i in range(n):
+            e = self.example(rng, self.tasks[i % 5], "three" if i % 2 else "paired")
+            yield f"{e.prompt} {e.answer}"
+
+    def prompt_pool(self, rng, task):
+        """Where the GRPO stage takes its prompts from: half of them ask for, or show, three objects."""
+        draws = ("paired",) * 3 + ("prompted",) * 2 + ("three",) * 5
+        return rng.choice(draws if task == "draw" else ("paired", "three"))
+
+    def negatives(self, rng, text, n, held_out=True):
+        """n captions one edit away from a caption (with repeats if there are fewer), none naming a held-out pair
+        unless held_out is False; [] for a text that is no caption."""
+        caption = parse_caption(text)
+        if caption is None:
+            return []
+        kept = [e.text() for _, e in edits(caption) if not held_out or in_pool("three", e.kinds)]
+        return rng.sample(kept, n) if len(kept) >= n else [rng.choice(kept) for _ in range(n)]
+
+
+# ---------------------------------------------------------------- public data, in the official formats
+
+FASHION_CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+SHAPES_SPLITS = ("train.tiny", "train.small", "train.med", "train.large", "val", "test")
+NLVR_SPLITS = ("train", "dev", "test")
+
+
+def data_error(path, found, expected, root):
+    """The one line that every missing or damaged file ends in: what is there, what should be, both ways to get it."""
+    way = f"move {root} away and add --download" if root.exists() else "add --download"
+    return ValueError(f"{path}: found {found}, expected {expected}; {way}, or put the official files at {root}")
+
+
+def read(path, root, expected, reader):
+    """reader(path), with any failure told in that one line."""
+    try:
+        return reader(path)
+    except Exception as error:  # gzip, numpy and Pillow raise eight kinds between them; all are passed on
+        found = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise data_error(path, " ".join(found.split()), expected, root) from error
+
+
+def read_lines(path, root, count=None):
+    lines = read(path, root, "UTF-8 text", lambda p: p.read_text("utf-8").removesuffix("\n").split("\n"))
+    if count is not None and len(lines) != count:
+        raise data_error(path, f"{len(lines)} lines", f"{count}, one for each picture", root)
+    return lines
+
+
+def check_split(root, split, legal):
+    if split not in legal:
+        raise ValueError(f"{root}: found no split {split!r}, expected one of {', '.join(legal)}")
+
+
+def read_idx(path, root, item=()):
+    """IDX .gz -> (N, *item) uint8. Its header is big-endian uint32: magic 0x800 + dimensions, then every dimension."""
+    raw = read(path, root, "a gzip file", lambda p: gzip.decompress(p.read_bytes()))
+    start, magic, size = 4 * (2 + len(item)), 0x801 + len(item), int(np.prod(item))
+    found, count, *shape = np.frombuffer(raw[:start].ljust(start, b"\0"), ">u4").tolist()
+    if found != magic:
+        raise data_error(path, f"magic number 0x{found:08x}", f"0x{magic:08x}", root)
+    if tuple(shape) != item:
+        raise data_error(path, f"pictures of {shape}", list(item), root)
+    if len(raw) != start + count * size:
+        raise data_error(path, f"{len(raw)} bytes", f"{start} + {count} x {size}", root)
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(count, *item)
+
+
+def load_fashion_mnist(root, split="train"):
+    """Clothes: pictures (N, 32, 32, 3) uint8, grey, padded by 2 with black; labels (N,) int64 into FASHION_CLASSES.
+
+    split is "train" (60,000 pictures) or "test" (10,000, but any number is read). Raises ValueError, one line.
+    Source: Xiao, Rasul, Vollgraf, arXiv 1708.07747, github.com/zalandoresearch/fashion-mnist.
+    """
+    root = Path(root)
+    check_split(root, split, ("train", "test"))
+    prefix = "train" if split == "train" else "t10k"
+    pictures = read_idx(root / f"{prefix}-images-idx3-ubyte.gz", root, (28, 28))
+    labels = read_idx(path := root / f"{prefix}-labels-idx1-ubyte.gz", root)
+    if not 0 < len(labels) == len(pictures):
+        raise data_error(path, f"{len(labels)} labels", f"one for each of {len(pictures)} pictures, at least 1", root)
+    if labels.max() > 9:
+        raise data_error(path, f"label {labels.max()}", "0 to 9", root)
+    grey = np.pad(pictures, ((0, 0), (2, 2), (2, 2)))
+    return np.repeat(grey[..., None], 3, axis=-1), labels.astype(np.int64)
+
+
+def load_shapes(root, split):
+    """Yes/no questions on 3x3 grids: pictures (N, 32, 32, 3) uint8 RGB, questions (N str), answers (N,) bool.
+
+    split is one of SHAPES_SPLITS. The files hold 30x30 pictures in blue, green, red order. Raises ValueError, one line.
+    Source: Andreas et al., CVPR 2016; this copy: Hu et al., ICCV 2017, github.com/ronghanghu/n2nmn, exp_shapes.
+    """
+    root = Path(root)
+    check_split(root, split, SHAPES_SPLITS)
+    path, expected = root / "shapes_dataset" / f"{split}.input.npy", "an .npy array of uint8 (N, 30, 30, 3)"
+    stored = read(path, root, expected, lambda p: np.load(io.BytesIO(p.read_bytes()), allow_pickle=False)[:])
+    if stored.dtype != np.uint8 or stored.shape[1:] != (30, 30, 3) or len(stored) == 0:
+        raise data_error(path, f"{stored.dtype} {stored.shape}", expected, root)
+    questions = read_lines(path.with_name(f"{split}.query_str.txt"), root, len(stored))
+    answers = read_lines(path := path.with_name(f"{split}.output"), root, len(stored))
+    if odd := set(answers) - {"true", "false"}:
+        raise data_error(path, f"the answer {min(odd)!r}", "true or false", root)
+    pictures = np.pad(stored[..., ::-1], ((0, 0), (1, 1), (1, 1), (0, 0)))  # B, G, R -> R, G, B
+    return pictures, questions, np.array(answers) == "true"
+
+
+def load_nlvr(root, split):
+    """Is a sentence true of three boxes? A list of (pictures (3, 32, 32, 3) uint8 RGB, sentence str, label bool).
+
+    split is one of NLVR_SPLITS. A picture is 400x100: three 100x100 boxes, 50 columns apart. Each is shrunk alone,
+    because the strip as a whole would lose its items at 32x32. A row has up to six pictures, one for each order of its
+    boxes: the one its `permutation` names is read, else the first there is. Raises ValueError, one line.
+    Source: Suhr, Lewis, Yeh, Artzi, ACL 2017, github.com/lil-lab/nlvr, folder nlvr.
+    """
+    root = Path(root)
+    check_split(root, split, NLVR_SPLITS)
+    folder = root / split
+    paths = [folder / f"{split}.json", folder / f"{split}.examples.json"]
+    path = next((p for p in paths if p.exists()), paths[0])
+    files = {file.stem: file for file in (folder / "images").rglob("*.png")}
+    examples = []
+    for number, line in enumerate(tqdm(read_lines(path, root), desc=f"NLVR {split}", leave=False, disable=None), 1):
+        try:
+            row = json.loads(line)
+            sentence, label = row["sentence"], {"true": True, "false": False}[row["label"]]
+            if not isinstance(sentence, str):
+                raise TypeError("sentence is not text")
+            orders = [row["permutation"]] if "permutation" in row else range(6)
+            names = [f"{split}-{row['identifier']}-{k}" for k in orders]
+        except (ValueError, TypeError, KeyError) as error:
+            expected = 'a JSON object with "sentence", "label" ("true" or "false") and "identifier"'
+            raise data_error(path, f"{error!r} in line {number}", expected, root) from error
+        file = next((files[name] for name in names if name in files), None)
+        if file is None:
+            raise data_error(folder / "images", f"no {names[0]}.png", f"a picture for line {number} of {path}", root)
+        image = read(file, root, "a PNG picture", lambda p: Image.open(io.BytesIO(p.read_bytes())).convert("RGB"))
+        if image.size != (400, 100):
+            raise data_error(file, f"a picture of {image.width}x{image.height}", "400x100", root)
+        boxes = [image.crop((x, 0, x + 100, 100)).resize((32, 32), Image.Resampling.BOX) for x in (0, 150, 300)]
+        examples.append((np.stack(boxes), sentence, label))
+    return examples
+
+
+ADDRESSES = {
+    "fashion_mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",  # no TLS there: the MD5 is the check
+    "shapes": "https://codeload.github.com/ronghanghu/n2nmn/tar.gz/refs/heads/master",
+    "nlvr": "https://codeload.github.com/lil-lab/nlvr/tar.gz/refs/heads/master",  # 87,000 pictures, about 250 MB
+}
+WANTED = {  # folders of an archive, below the one named after repository and branch
+    "shapes": (["exp_shapes", "shapes_dataset"], ["exp_shapes", "data"]),
+    "nlvr": (["nlvr", "train"], ["nlvr", "dev"], ["nlvr", "test"]),
+}
+FASHION_MD5 = {  # from the official README
+    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+}
+DOWNLOAD_LIMIT = 2_000_000_000  # bytes of one file, and of all that an archive unpacks to
+
+
+def fetch(url, path, md5=None):
+    """Streams url to path. Raises OSError when it is cut short, too large, or not the file with this MD5."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with urllib.request.urlopen(url, timeout=30) as answer, open(path, "wb") as file:
+        size = int(answer.headers["Content-Length"] or 0)  # GitHub sends none; there gzip notices the missing end
+        with tqdm(desc=f"download {path.name}", total=size or None, unit="B", unit_scale=True) as bar:
+            while block := answer.read(1 << 16):
+                digest.update(block)
+                bar.update(file.write(block))
+                if file.tell() > DOWNLOAD_LIMIT:
+                    raise OSError(f"found more than {DOWNLOAD_LIMIT} bytes")
+        file.flush()
+        os.fsync(file.fileno())
+    if size and path.stat().st_size != size:
+        raise OSError(f"found {path.stat().st_size} bytes, expected {size}")
+    if md5 and digest.hexdigest() != md5:
+        raise OSError(f"found MD5 {digest.hexdigest()}, expected {md5}")
+
+
+def unpack(archive, target, wanted):
+    """Writes the plain files of the wanted folders of a .tar.gz below target. Raises OSError on anything unsafe."""
+    total = 0
+    with tarfile.open(archive, "r:gz") as tar:
+        for member in tqdm(tar, desc="unpack", unit=" files"):
+            parts = member.name.replace("\\", "/").split("/")
+            if parts[0] == "" or ".." in parts:
+                raise OSError(f"found the unsafe path {member.name!r} in the archive")
+            if parts[1:3] not in wanted or member.isdir():
+                continue
+            total += member.size
+            if not member.isreg() or ":" in member.name or total > DOWNLOAD_LIMIT:
+                raise OSError(f"found a link, a drive name or over {DOWNLOAD_LIMIT} bytes at {member.name!r}")
+            path = target.joinpath(*parts[2:])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tar.extractfile(member) as source, open(path, "wb") as file:
+                shutil.copyfileobj(source, file)
+        while tar.fileobj.read(1 << 20):  # to the last byte, where gzip compares its checksum
+            pass
+    if total == 0:
+        raise OSError(f"found none of the folders {', '.join('/'.join(folder) for folder in wanted)} in the archive")
+
+
+def download(name, data_dir):
+    """Puts the official files of "fashion_mnist", "shapes" or "nlvr" at data_dir/name, all or none of them.
+
+    They are made in a hidden folder next to it, which is renamed when all is there and removed when anything fails.
+    A folder that already holds files is left as it is. Raises ValueError, one line.
+    """
+    if name not in ADDRESSES:
+        raise ValueError(f"found no data set {name!r} to download, expected one of {', '.join(ADDRESSES)}")
+    root, url = Path(data_dir) / name, ADDRESSES[name]
+    try:
+        if root.exists() and any(root.iterdir()):
+            return
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=data_dir) as scratch:
+            new, archive = Path(scratch, name), Path(scratch, f"{name}.tar.gz")
+            new.mkdir()
+            if name == "fashion_mnist":
+                for file, md5 in FASHION_MD5.items():
+                    url = f"{ADDRESSES[name]}/{file}"
+                    fetch(url, new / file, md5)
+            else:
+                fetch(url, archive)
+                unpack(archive, new, WANTED[name])
+            os.replace(new, root)
+    except Exception as error:  # urllib, ssl, gzip and tarfile have many kinds; all are passed on
+        raise ValueError(f"{url}: {error}; try again later, or put the official files at {root}") from error
+
+
+class FashionMNIST:
+    """Real pictures of clothes as a source of examples: draw a class, name it, answer questions about it."""
+
+    name, tasks = "fashion_mnist", ("draw", "caption", "ask", "text")
+    phrases = ("a {}", "a picture of a {}", "a photo of one {}")
+
+    def __init__(self, root):
+        """The last 5,000 training pictures are the validation split."""
+        pictures, labels = load_fashion_mnist(root, "train")
+        n = max(len(labels) - 5000, len(labels) // 2)
+        self.splits = {"train": (pictures[:n], labels[:n]), "val": (pictures[n:], labels[n:]), "test": load_fashion_mnist(root, "test")}
+
+    def example(self, rng, task, pool="paired", noise=None, split="train"):
+        """As World.example; there is one pool, and noise is a wrong class name. `truth` is the label."""
+        pictures, labels = self.splits[split]
+        i = rng.randrange(len(labels))
+        name = FASHION_CLASSES[labels[i]]
+        if task == "ask":
+            asked = name if rng.random() < 0.5 else rng.choice(FASHION_CLASSES)
+            closed = (f"is this a {asked} ?", "yes" if asked == name else "no")
+            return Example(task, pictures[i], *(closed if rng.random() < 0.5 else ("what is this ?", name)), labels[i])
+        if noise and rng.random() < noise["wrong"]:
+            name = rng.choice(FASHION_CLASSES)
+        text = rng.choice(self.phrases).format(name)
+        return Example(task, pictures[i], *((text, "") if task == "draw" else ("", text)), labels[i])
+
+    def texts(self, rng, n):
+        for i in range(n):
+            e = self.example(rng, self.tasks[i % 4])
+            yield f"{e.prompt} {e.answer}"
+
+    def prompt_pool(self, rng, task):
+        return "paired"
+
+    def negatives(self, rng, text, n, held_out=True):
+        """n captions of the other classes in the same words; [] for a text that is no caption."""
+        start, _, name = text.rpartition(" ")
+        if name not in FASHION_CLASSES or f"{start} {{}}" not in self.phrases:
+            return []
+        others = [f"{start} {c}" for c in FASHION_CLASSES if c != name]
+        return rng.sample(others, n) if n <= len(others) else others + [rng.choice(others) for _ in range(n - len(others))]
+
+
+SOURCES = {"synthetic": World, "fashion_mnist": FashionMNIST}
+
+
+def make_sources(names, data_dir, jitter=0, fetch_missing=False):
+    """The sources named in a comma-separated list; real data is read from data_dir/NAME, downloaded first if asked for."""
+    made = []
+    for name in names.split(","):
+        if name != "synthetic" and fetch_missing:
+            download(name, data_dir)
+        made.append(World(jitter) if name == "synthetic" else SOURCES[name](Path(data_dir) / name))
+    return made
+
+
+# ---------------------------------------------------------------- words: a byte-pair tokenizer that knows its word list
+
+SPECIAL = ("<pad>", "<bos>", "<draw>", "<caption>", "<ask>", "<reason>", "<text>", "<image>", "<answer>",  # always given
+           "<eos>", "<think>", "</think>")  # these three can be chosen: text that is chosen starts at <eos>
+PAD, BOS, IMAGE, ANSWER, EOS = (SPECIAL.index(s) for s in ("<pad>", "<bos>", "<image>", "<answer>", "<eos>"))
+THINK, END_THINK = "<think>", "</think>"
+MAX_TEXT = {"caption": 18, "ask": 3, "reason": 20, "text": 18}  # tokens a free text may have, <eos> included
+
+
+class Batch(NamedTuple):
+    """N sequences of L positions, all (N, L) int64. Rows are padded on the right with <pad>, which nothing scores."""
+
+    tokens: torch.Tensor  # the template: >= 0 is given, -1 is chosen by the policy
+    target: torch.Tensor  # the template with the reference answer filled in; <pad> where there is none
+    lo: torch.Tensor  # chosen positions: allowed ids are lo <= id < hi
+    hi: torch.Tensor
+    patch: torch.Tensor  # which patch of the picture stands here, 0 to P-1; -1 for text
+
+    @property
+    def mask(self):
+        """(N, L) bool: the completion mask of the reference answers, exactly the chosen positions."""
+        return (self.tokens < 0) & (self.target != PAD)
+
+    def to(self, device):
+        return Batch(*(t.to(device, non_blocking=True) for t in self))
+
+    def trim(self):
+        """Without the columns at the right end that hold no reference: what teacher forcing needs."""
+        length = int((self.target != PAD).any(0).nonzero().max()) + 1
+        return Batch(*(t[:, :length] for t in self))
+
+    def repeat(self, times):
+        """Every row `times` times, one after the other: the groups of GRPO."""
+        return Batch(*(t.repeat_interleave(times, 0) for t in self))
+
+
+class Vocabulary:
+    """Words first, then picture codes, in one id space; and the templates of all tasks.
+
+    n_codes: entries of the codebook (K). n_patches: tokens a picture takes (P). size: V.
+    """
+
+    def __init__(self, tokenizer, words, n_codes, n_patches):
+        self.tokenizer, self.words = tokenizer, frozenset(words)
+        self.n_text, self.n_codes, self.n_patches = tokenizer.get_vocab_size(), n_codes, n_patches
+        self.size = self.n_text + n_codes
+        self._ids = {w: tokenizer.encode(w).ids for w in self.words}
+        self._strings = [tokenizer.id_to_token(i) for i in range(self.n_text)]
+        self._strings = [s + " " if s in SPECIAL else s.replace("</w>", " ") for s in self._strings]
+
+    @staticmethod
+    def train(texts, n_codes, n_patches, vocab_size=1024):
+        """Learn byte-pair merges from an iterable of texts; the word list is the words that occur in it."""
+        texts = list(texts)
+        tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.WhitespaceSplit(), decoders.BPEDecoder(suffix="</w>")
+        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=vocab_size, min_frequency=0, special_tokens=list(SPECIAL), end_of_word_suffix="</w>", show_progress=False))
+        return Vocabulary(tokenizer, Counter(w for t in texts for w in t.split()) | Counter(SPECIAL), n_codes, n_patches)
+
+    def save(self, folder):
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "words.json").write_text(json.dumps(sorted(self.words)), encoding="utf-8")
+
+    @staticmethod
+    def load(folder, n_codes, n_patches):
+        words = json.loads((folder / "words.json").read_text(encoding="utf-8"))
+        return Vocabulary(Tokenizer.from_file(str(folder / "tokenizer.json")), words, n_codes, n_patches)
+
+    def encode(self, text):
+        """Token ids of a text. ValueError names the words that the tokenizer was never trained on."""
+        try:
+            return [i for w in text.split() for i in self._ids[w]]
+        except KeyError:
+            unknown = sorted(set(text.split()) - self.words)
+            known = " ".join(sorted(w for w in self.words if w not in SPECIAL))
+            raise ValueError(f"unknown word(s) {', '.join(map(repr, unknown[:5]))}; this model knows: {known}") from None
+
+    def decode(self, ids):
+        """The text of token ids up to the first <eos>; picture codes and <pad> are left out.
+
+        Words and special tokens are separated by one space."""
+        ids = [int(i) for i in ids]
+        ids = ids[: ids.index(EOS)] if EOS in ids else ids
+        return "".join(self._strings[i] for i in ids if PAD < i < self.n_text).strip()
+
+    def batch(self, examples, codes, device="cpu"):
+        """The Batch of a list of examples (tasks may be mixed) and their pictures' codes, (N, P) int64 in [0, K)."""
+        rows = [self._row(e, [self.n_text + c for c in picture]) for e, picture in zip(examples, codes.tolist())]
+        length = max(len(row[0]) for row in rows)
+        columns = []
+        for k, fill in enumerate((PAD, PAD, 0, self.size, -1)):
+            columns.append(torch.tensor([row[k] + [fill] * (length - len(row[k])) for row in rows]))
+        return Batch(*columns).to(device)
+
+    def _row(self, example, picture):
+        """Template, reference, allowed ranges and patch numbers of one example: five lists of one length."""
+        P, task = self.n_patches, example.task
+        given, spans = [BOS, SPECIAL.index(f"<{task}>")], (EOS, self.n_text)
+        patch = [-1] * len(given)
+        if task in ("caption", "ask", "reason"):
+            given, patch = given + [IMAGE] + picture, patch + [-1] + list(range(P))
+        given = given + self.encode(example.prompt) + {"draw": [IMAGE], "text": []}.get(task, [ANSWER])
+        if task == "draw":
+            answer, chosen, spans = picture, P, (self.n_text, self.size)
+            patch = patch + [-1] * (len(given) - len(patch)) + list(range(P))
+        else:
+            answer, chosen = self.encode(example.answer) + [EOS], MAX_TEXT[task]
+            if len(answer) > chosen:
+                raise ValueError(f"the {task} text has {len(answer)} tokens, more than {chosen}: {example.answer!r}")
+            patch = patch + [-1] * (len(given) - len(patch) + chosen)
+        pad, n = [PAD] * (chosen - len(answer)), len(given)
+        return given + [-1] * chosen, given + answer + pad, [0] * n + [spans[0]] * chosen, [self.size] * n + [spans[1]] * chosen, patch
+
+
+# ---------------------------------------------------------------- try it
+
+
+def main():
+    start, rng = time.perf_counter(), random.Random(0)
+    for pool in COUNTS:
+        scene = sample_scene(rng, pool)
+        caption = true_caption(rng, scene)
+        print(f"{pool:9} {caption.text()}\n{'':9} noisy: {noisy_caption(rng, caption, pool).text()}\n{'':9} {' -> '.join(question(rng, scene))}")
+        if len(scene) > 1:
+            print(f"{'':9} {' -> '.join(multihop_question(rng, scene))}")
+    world, start, n = World(), time.perf_counter(), 8000
+    for i in range(n):
+        world.example(rng, world.tasks[i % 4], noise=NOISE)
+    print(f"{n / (time.perf_counter() - start):,.0f} scenes a second, each with its picture and a text")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,534 @@
+"""Measuring: a judge that no training ever sees, what a model can do by it, tables with intervals, and a playground.
+
+The judge reads a generated picture with plain NumPy: every pixel goes to the nearest colour of the palette, equal
+neighbours become components, a component's outline is compared with the three shapes; then every statement of the
+prompt is checked (a GenEval in miniature). On real renders it is always right (tests/test_eval.py asserts it).
+It is no reward, and it chooses no checkpoint; temperatures are chosen on validation prompts, reported on test prompts.
+
+  (E1) compose   = share of pictures with exactly the objects asked for and every statement true
+  (E2) diversity = distinct correct pictures / correct pictures of a prompt, and the mean distance between two of them:
+                   the mean over pixels of |a - b| / 255
+  (E3) interval of a rate: Wilson, 95%      (E4) of a mean: mean +- 1.96 standard errors
+  (E5) text NLL  = - sum of log-probs of held-out captions / their tokens, nats a token
+
+A result on drawing is a *front*: quality against diversity over temperatures. One number at temperature 1 says little,
+because a low temperature alone makes a model look better and duller.
+
+    $ python eval.py --run runs/NAME                                            # the table, about a minute
+    $ python eval.py --run runs/NAME --draw "a red circle left of a blue square" --out picture.png
+    $ python eval.py --run runs/NAME --ask "what color is the circle ?" --image picture.png
+    $ python eval.py --compare runs/A runs/B ...                                # methods side by side, over seeds
+"""
+
+import argparse
+import itertools
+import json
+import math
+import random
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from data import COLORS, BACKGROUND, SHAPES, SIZES, Example, Object, Vocabulary, make_sources, parse_caption, related, shape_mask
+from model import Codebook, ModelConfig, Transformer, completion_mask, pick_device, sample
+from reward import CLIP, clip_score, exact_match
+
+# ---------------------------------------------------------------- the judge: picture -> objects -> is the prompt true?
+
+PALETTE = np.array([BACKGROUND, *COLORS.values()], np.int32)
+NAMES = (None, *COLORS)
+OUTLINES = {(shape, size): shape_mask(shape, width) for shape in SHAPES for size, width in SIZES.items()}
+SPECK, LIKENESS = 4, 0.9  # components of fewer pixels are noise; an outline must overlap by this much (IoU)
+
+
+def components(labels):
+    """(N, S, S) palette numbers -> (N, S, S) component numbers: the largest pixel index among equal neighbours' regions."""
+    n, s, _ = labels.shape
+    region = np.broadcast_to(np.arange(1, s * s + 1).reshape(s, s), labels.shape).copy()
+    joined = {axis: np.equal(*_neighbours(labels, axis)) for axis in (1, 2)}
+    while True:
+        before = region.copy()
+        for axis, same in joined.items():
+            a, b = _neighbours(region, axis)
+            high = np.where(same, np.maximum(a, b), 0)
+            np.maximum(a, high, out=a)
+            np.maximum(b, high, out=b)
+        if (before == region).all():
+            return region
+
+
+def _neighbours(x, axis):
+    return (x[:, :-1], x[:, 1:]) if axis == 1 else (x[:, :, :-1], x[:, :, 1:])
+
+
+def outline(mask):
+    """The (shape, size) whose outline overlaps a cropped bool mask best, or (None, None) below LIKENESS."""
+    best, found = LIKENESS, (None, None)
+    for name, shape in OUTLINES.items():
+        h, w = (max(a, b) for a, b in zip(mask.shape, shape.shape))
+        both = [np.pad(m, ((0, h - m.shape[0]), (0, w - m.shape[1]))) for m in (mask, shape)]
+        overlap = (both[0] & both[1]).sum() / (both[0] | both[1]).sum()
+        if overlap >= best:
+            best, found = overlap, name
+    return found
+
+
+def parse(pictures):
+    """(N, S, S, 3) uint8 -> for each picture the list of Objects in it; shape and size are None for a malformed one."""
+    distance = np.abs(pictures[:, :, :, None].astype(np.int32) - PALETTE).sum(-1)
+    labels = distance.argmin(-1)
+    regions, half = components(labels), pictures.shape[1] / 2
+    scenes = []
+    for label, region in zip(labels, regions):
+        scene = []
+        for r in np.unique(region[label > 0]):
+            y, x = np.nonzero(region == r)
+            if len(y) < SPECK:
+                continue
+            box = np.s_[y.min() : y.max() + 1, x.min() : x.max() + 1]
+            row, column = (int((v.min() + v.max() + 1) / 2 > half) for v in (y, x))
+            scene.append(Object(NAMES[label[y[0], x[0]]], *outline(region[box] == r), row, column))
+        scenes.append(scene)
+    return scenes
+
+
+def statements(scene, caption):
+    """Every statement of a caption, as (kind, true of the scene?), under the assignment of objects to mentions that makes
+    most of them true. Kinds: count, color, shape, size, position, relation."""
+    best = None
+    for objects in itertools.permutations([*scene[:5], *[None] * len(caption.mentions)], len(caption.mentions)):
+        checks = [("count", len(scene) == len(caption.mentions))]
+        for m, o in zip(caption.mentions, objects):
+            said = {"color": m.color, "shape": m.shape, "size": m.size, "position": m.cell}
+            truth = (o.color, o.shape, o.size, (o.row, o.column)) if o else (None,) * 4
+            checks += [(kind, word == there) for (kind, word), there in zip(said.items(), truth) if word is not None]
+        if caption.relation:
+            checks.append(("relation", None not in objects[:2] and related(objects[0], caption.relation, objects[1])))
+        if best is None or sum(ok for _, ok in checks) > sum(ok for _, ok in best):
+            best = checks
+        if all(ok for _, ok in best):
+            break
+    return best
+
+
+def holds(scene, caption):
+    """Is every statement of the caption true of the scene, with no object more or less?"""
+    return all(ok for _, ok in statements(scene, caption))  # (E1)
+
+
+class WorldJudge:
+    """Right or wrong for the synthetic world, and which kinds of statement failed."""
+
+    pools = {"compose": ("paired",), "compose_heldout": ("prompted", "three"), "compose_unprompted": ("heldout",)}
+
+    def draw(self, examples, pictures):
+        """(N,) bool, and {kind: share of statements that are true}."""
+        right, kinds = [], defaultdict(list)
+        for e, scene in zip(examples, parse(pictures)):
+            checks = statements(scene, e.truth[1])
+            right.append(all(ok for _, ok in checks))
+            for kind, ok in checks:
+                kinds[kind].append(ok)
+        return np.array(right), {kind: float(np.mean(v)) for kind, v in kinds.items()}
+
+    def by_kind(self, examples, pictures):
+        """{kind: (N,) bool, all statements of this kind true; prompts without such a statement count as true}, and "all"."""
+        kinds = defaultdict(lambda: np.ones(len(examples), bool))
+        for i, (e, scene) in enumerate(zip(examples, parse(pictures))):
+            for kind, ok in statements(scene, e.truth[1]):
+                kinds[kind][i] &= ok
+                kinds["all"][i] &= ok
+        return dict(kinds)
+
+    def caption(self, examples, texts):
+        """(N,) bool: a caption of the grammar that is true of the scene and misses no object."""
+        captions = [parse_caption(text) for text in texts]
+        return np.array([c is not None and holds(e.truth[0], c) for e, c in zip(examples, captions)])
+
+
+class FashionJudge:
+    """Which class is a picture of? The vote of its 5 nearest neighbours among 6,000 real training pictures: nothing is
+    trained, and `accuracy` says how often it is right on real test pictures."""
+
+    pools = {"compose": ("paired",)}
+
+    def __init__(self, source, neighbours=5, n=6000):
+        pictures, labels = source.splits["train"]
+        self.known, self.labels, self.neighbours = self.vectors(pictures[:n]), labels[:n], neighbours
+        pictures, labels = (x[:1000] for x in source.splits["test"])
+        self.accuracy = float((self.classify(pictures) == labels).mean())
+
+    @staticmethod
+    def vectors(pictures):
+        return pictures.mean(-1).reshape(len(pictures), -1).astype(np.float32)
+
+    def classify(self, pictures):
+        x = self.vectors(np.asarray(pictures))
+        near = np.argpartition((self.known**2).sum(1) - 2 * x @ self.known.T, self.neighbours, 1)[:, : self.neighbours]
+        return np.array([np.bincount(self.labels[i], minlength=10).argmax() for i in near])
+
+    def draw(self, examples, pictures):
+        right = self.classify(pictures) == np.array([e.truth for e in examples])
+        return right, {"class": float(right.mean())}
+
+    def by_kind(self, examples, pictures):
+        return {"class": self.draw(examples, pictures)[0]}
+
+    def caption(self, examples, texts):
+        return np.array([t == e.answer or t.split()[-1:] == e.answer.split()[-1:] for e, t in zip(examples, texts)])
+
+
+# ---------------------------------------------------------------- numbers with intervals
+
+
+def rate(right):
+    """A share with its 95% Wilson interval.
+
+    >>> rate([True] * 8 + [False] * 2)
+    {'value': 0.8, 'low': 0.4902, 'high': 0.9433, 'n': 10}
+    """
+    n, p, z = len(right), float(np.mean(right)), 1.96
+    centre, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)  # (E3)
+    return {"value": round(p, 4), "low": round(centre - half, 4), "high": round(centre + half, 4), "n": n}
+
+
+def average(values, weights=None):
+    """A (weighted) mean with its 95% interval."""
+    v, w = np.asarray(values, float), np.ones(len(values)) if weights is None else np.asarray(weights, float)
+    mean = (v * w).sum() / w.sum()
+    error = 1.96 * math.sqrt((w**2 * (v - mean) ** 2).sum()) / w.sum()  # (E4)
+    return {"value": round(mean, 4), "low": round(mean - error, 4), "high": round(mean + error, 4), "n": len(v)}
+
+
+def diversity(pictures, right):
+    """pictures (B, G, ...), right (B, G) bool -> (distinct correct / correct, mean distance of two correct ones of a
+    prompt); nan where no prompt has two correct pictures."""
+    distinct, correct, distances = 0, 0, []
+    for group, ok in zip(pictures, right):
+        if ok.sum() < 2:
+            continue
+        kept = group[ok].reshape(ok.sum(), -1)
+        distinct, correct = distinct + len(np.unique(kept, axis=0)), correct + len(kept)
+        pairs = [np.abs(a.astype(np.int16) - b).mean() / 255 for a, b in itertools.combinations(kept, 2)]
+        distances.append(np.mean(pairs))
+    return (distinct / correct, float(np.mean(distances))) if correct else (math.nan, math.nan)  # (E2)
+
+
+# ---------------------------------------------------------------- what a model can do
+
+
+class Evaluator:
+    """A model, asked. `split` names the scenes: "val" to choose by, "test" to report; each has its own seed."""
+
+    def __init__(self, model, vocab, codebook, source, judge, split="test", seed=0, batch=512):
+        self.model, self.vocab, self.codebook, self.source, self.judge = model, vocab, codebook, source, judge
+        self.split, self.seed, self.batch = split, seed, batch
+
+    def examples(self, task, n, pools=("paired",)):
+        rng = random.Random(f"{self.split}/{self.seed}/{self.source.name}/{task}/{pools}")
+        return [self.source.example(rng, task, pools[i % len(pools)], split=self.split) for i in range(n)]
+
+    def outputs(self, examples, temperature=1.0, guidance=0.0, seed=0):
+        """One output an example: pictures (N, S, S, 3) uint8 when drawing, else a list of texts."""
+        device, outputs = self.model.head.device, []
+        generator = torch.Generator(device).manual_seed(seed)
+        for start in range(0, len(examples), self.batch):
+            part = examples[start : start + self.batch]
+            codes = self.codebook.encode(np.stack([e.picture for e in part]))
+            batch = self.vocab.batch(part, codes, device)
+            tokens = sample(self.model, batch, self.vocab, generator, temperature, guidance)
+            outputs += decode(self.vocab, self.codebook, part[0].task, batch, tokens)
+        return np.stack(outputs) if examples[0].task == "draw" else outputs
+
+    def answers(self, task, n, pools=("paired",), temperature=0.0):
+        """(N,) bool for ask, reason and caption."""
+        examples = self.examples(task, n, pools)
+        texts = self.outputs(examples, temperature)
+        if task == "caption":
+            return self.judge.caption(examples, texts)
+        return np.array([exact_match(t, e.answer) > 0 for t, e in zip(texts, examples)])
+
+    def front(self, pools, temperatures, prompts=128, group=8):
+        """One row a temperature: compose, diversity (share distinct) and distance, over prompts x group pictures."""
+        examples = [e for e in self.examples("draw", prompts, pools) for _ in range(group)]
+        rows = []
+        for t in temperatures:
+            pictures = self.outputs(examples, t)
+            right = self.judge.draw(examples, pictures)[0].reshape(prompts, group)
+            distinct, distance = diversity(pictures.reshape(prompts, group, *pictures.shape[1:]), right)
+            rows.append({"temperature": t, "compose": round(float(right.mean()), 4), "diversity": tidy(distinct), "distance": tidy(distance)})
+        return rows
+
+    @torch.no_grad()
+    def text_nll(self, n):
+        """Negative log-likelihood of held-out clean captions, nats a token."""
+        device, sums, counts = self.model.head.device, [], []
+        examples = self.examples("text", n)
+        batch = self.vocab.batch(examples, torch.zeros(n, self.vocab.n_patches, dtype=torch.long), device).trim()
+        hidden = self.model(batch.target[:, :-1], batch.patch[:, :-1]).float()
+        logits = (hidden @ self.model.head.T.float())[..., : self.vocab.n_text]
+        logits[..., : int(batch.lo.max())] = -torch.inf  # the words that can be chosen, as in training
+        logprobs = logits.log_softmax(-1).gather(-1, batch.target[:, 1:, None])[..., 0]
+        mask = batch.mask[:, 1:]
+        sums, counts = -torch.where(mask, logprobs, 0.0).sum(1), mask.sum(1)
+        return average((sums / counts).cpu().numpy(), counts.cpu().numpy())  # (E5)
+
+
+def tidy(x):
+    return None if math.isnan(x) else round(x, 4)
+
+
+def decode(vocab, codebook, task, batch, tokens):
+    """Filled templates of one task -> a list of pictures (S, S, 3) uint8, or of texts."""
+    if task == "draw":
+        codes = tokens[batch.patch >= 0].view(len(tokens), -1) - vocab.n_text
+        return list(codebook.decode(codes).cpu().numpy())
+    mask = completion_mask(batch, tokens)
+    return [vocab.decode(row[keep].tolist()) for row, keep in zip(tokens.cpu(), mask.cpu())]
+
+
+TEMPERATURES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+METRICS = {"understanding": ("vqa", "vqa_three", "retrieval_i2t_r1", "retrieval_t2i_r1", "caption", "caption_three"),
+           "generation": ("compose", "compose_heldout", "compose_unprompted", "clip_score", "frechet", "story", "diversity", "diversity_heldout"),
+           "reasoning": ("visual", "multihop", "multihop_three"), "language": ("text_nll",)}  # fmt: skip
+
+
+def measure(evaluator, clip, n=1000):
+    """Every metric of one model on one source: {group: {metric: {"value", "low", "high", "n"} or None}}, a breakdown of
+    the drawings by kind of statement, and the best temperature, chosen on validation prompts."""
+    e, judge, found, breakdown = evaluator, evaluator.judge, {}, {}
+    for metric, pools in judge.pools.items():  # at temperature 1, one picture a prompt
+        examples = e.examples("draw", n, pools)
+        pictures = e.outputs(examples)
+        right, breakdown[metric] = judge.draw(examples, pictures)
+        found[metric] = rate(right)
+        if metric == "compose":
+            found["clip_score"] = average(clip_score(clip, e.vocab, pictures, [x.prompt for x in examples]).cpu().numpy())
+    for metric, task in {"vqa": "ask", "caption": "caption", "multihop": "reason"}.items():  # the most likely answer
+        if task in e.source.tasks:
+            found[metric] = rate(e.answers(task, n))
+            if "compose_heldout" in judge.pools:
+                found[f"{metric}_three"] = rate(e.answers(task, n, ("three",)))
+    found["text_nll"] = e.text_nll(n)
+    return {g: {m: found.get(m) for m in names} for g, names in METRICS.items()}, breakdown
+
+
+def sweep(evaluator, temperatures=TEMPERATURES, prompts=128, group=8):
+    """The fronts: one row a temperature, with compose and diversity for seen and for never-seen prompts."""
+    pools = [p for p in ("compose", "compose_heldout") if p in evaluator.judge.pools]
+    fronts = [evaluator.front(evaluator.judge.pools[p], temperatures, prompts, group) for p in pools]
+    rows = fronts[0]
+    for extra in fronts[1:]:
+        for row, more in zip(rows, extra):
+            row |= {f"{k}_heldout": v for k, v in more.items() if k != "temperature"}
+    return rows
+
+
+def evaluate(models, vocab, codebook, source, judge, clip, n=1000, seed=0, prompts=128, group=8, temperatures=TEMPERATURES):
+    """The numbers of eval.json for {"base": model, "aligned": model} (meta is the caller's)."""
+    result = {"sweep": {}, "breakdown": {}, "best_temperature": {}}
+    for name, model in models.items():
+        test = Evaluator(model, vocab, codebook, source, judge, "test", seed)
+        result[name], result["breakdown"][name] = measure(test, clip, n)
+        result["sweep"][name] = rows = sweep(test, temperatures, prompts, group)
+        chosen = Evaluator(model, vocab, codebook, source, judge, "val", seed).front(judge.pools["compose"], temperatures, max(prompts // 2, 2), 2)
+        result["best_temperature"][name] = max(chosen, key=lambda row: row["compose"])["temperature"]
+        result[name]["generation"]["diversity"] = {"value": rows[-1]["diversity"], "low": None, "high": None, "n": prompts * group}
+        if "diversity_heldout" in rows[-1]:
+            result[name]["generation"]["diversity_heldout"] = {"value": rows[-1]["diversity_heldout"], "low": None, "high": None, "n": prompts * group}
+    return result
+
+
+# ---------------------------------------------------------------- tables
+
+
+def table(result):
+    """eval.json as text: base beside aligned, metric by metric, then the fronts."""
+    models = [m for m in ("base", "aligned") if m in result]
+    lines = [f"{'':22}" + "".join(f"{m:>22}" for m in models)]
+    for group, metrics in METRICS.items():
+        for metric in metrics:
+            cells = [result[m][group].get(metric) for m in models]
+            if any(cells):
+                lines.append(f"{metric:22}" + "".join(f"{show(c):>22}" for c in cells))
+    lines.append(f"\n{'temperature':22}" + "".join(f"{f'{m}: quality @ diversity':>34}" for m in models))
+    for rows in zip(*(result["sweep"][m] for m in models)):
+        cells = [" | ".join(f"{100 * r[q]:.0f} @ {100 * (r[d] or 0):.0f}" for q, d in (
+            ("compose", "diversity"), ("compose_heldout", "diversity_heldout")) if q in r) for r in rows]
+        lines.append(f"{rows[0]['temperature']:<22}" + "".join(f"{c:>34}" for c in cells))
+    best = ", ".join(f"{m} {result['best_temperature'][m]}" for m in models)
+    return "\n".join([*lines, f"(left: seen kinds of prompts, right: prompts whose pictures were never seen; best temperature on validation: {best})"])
+
+
+def show(cell):
+    if cell is None or cell["value"] is None:
+        return "-"
+    return f"{cell['value']:.3f}" + (f" [{cell['low']:.3f}, {cell['high']:.3f}]" if cell["low"] is not None else "")
+
+
+def compare(folders):
+    """Methods side by side: mean over seeds with a 95% interval (Student's t); each method at temperature 1 and at its best."""
+    runs = defaultdict(list)
+    for folder in folders:
+        result = json.loads((Path(folder) / "eval.json").read_text(encoding="utf-8"))
+        runs[result["meta"]["method"]].append(result)
+    columns = {"base": [r["base"] | {"row": best_row(r, "base")} for rs in runs.values() for r in rs]}
+    seeds = {r["meta"]["seed"]: r["base"] | {"row": best_row(r, "base")} for rs in runs.values() for r in rs}
+    columns["base"] = list(seeds.values())
+    columns |= {m: [r["aligned"] | {"row": best_row(r, "aligned")} for r in rs] for m, rs in runs.items()}
+    lines = [f"{'':28}" + "".join(f"{f'{m} (n={len(rs)})':>20}" for m, rs in columns.items())]
+    for group, metrics in METRICS.items():
+        for metric in metrics:
+            cells = {m: [r[group][metric]["value"] for r in rs if r[group].get(metric)] for m, rs in columns.items()}
+            if any(cells.values()):
+                lines.append(f"{metric:28}" + "".join(f"{over_seeds(v):>20}" for v in cells.values()))
+    for metric in ("compose", "diversity", "compose_heldout", "diversity_heldout"):
+        cells = [[r["row"][metric] for r in rs if r["row"].get(metric) is not None] for rs in columns.values()]
+        lines.append(f"{metric + ' @ best T':28}" + "".join(f"{over_seeds(v):>20}" for v in cells))
+    return "\n".join(lines)
+
+
+def best_row(result, model):
+    return next(row for row in result["sweep"][model] if row["temperature"] == result["best_temperature"][model])
+
+
+def over_seeds(values):
+    """'mean +- half-width' of a 95% interval with Student's t.
+
+    >>> over_seeds([0.5, 0.6, 0.7])
+    '0.600 ± 0.248'
+    """
+    if len(values) < 2:
+        return f"{values[0]:.3f}" if values else "-"
+    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values), 2.0 + 2.5 / (len(values) - 1))
+    return f"{np.mean(values):.3f} ± {t * np.std(values, ddof=1) / math.sqrt(len(values)):.3f}"
+
+
+# ---------------------------------------------------------------- a finished run: load it, ask it
+
+
+def load_model(folder, vocab, codebook, config, name="aligned", device="cpu"):
+    """The transformer of a run: name is "base" or "aligned". ValueError if that checkpoint is not there or not this model's."""
+    path = Path(folder) / f"{name}.safetensors"
+    model = Transformer(ModelConfig(vocab.size, codebook.side, config["width"], config["layers"], config["heads"])).to(device)
+    load_weights(model, path)
+    return model
+
+
+def load_weights(module, path):
+    """Read a module's weights from a .safetensors file; ValueError names what is wrong with it."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not there: has this stage finished? `python train.py --resume --out {Path(path).parent}` goes on")
+    try:
+        weights = load_file(str(path))
+        module.load_state_dict(weights)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be used ({' '.join(str(error).split())[:120]}); train that stage again") from error
+    if not all(w.isfinite().all() for w in weights.values()):
+        raise ValueError(f"{path} holds weights that are not finite; train that stage again")
+
+
+def load_run(folder):
+    """(config dict, codebook, vocab) of a run directory. ValueError if it is none."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        entries = load_file(str(folder / "codebook.safetensors"))["entries"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} is not a finished run ({error}); make one with `python train.py --out {folder}`") from error
+    codebook = Codebook(entries, config["patch"])
+    return config, codebook, Vocabulary.load(folder, len(entries), codebook.side**2)
+
+
+def load_clip(folder, name, vocab, config, device="cpu"):
+    clip = CLIP(vocab.n_text, config["patch"], width=config["clip_width"]).to(device)
+    load_weights(clip, Path(folder) / f"{name}.safetensors")
+    return clip.eval()
+
+
+def judges(config, sources=None):
+    """(source, judge) for every data set of a run."""
+    sources = sources or make_sources(config["data"], config["data_dir"], config["jitter"])
+    return [(source, WorldJudge() if source.name == "synthetic" else FashionJudge(source)) for source in sources]
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def draw(folder, prompt, out, name="aligned", temperature=0.5, guidance=0.0, seed=0, device="cpu"):
+    """Draw one prompt with a trained run and save the picture, 8 times enlarged."""
+    config, codebook, vocab = load_run(folder)
+    if not prompt.split():
+        raise ValueError("--draw: the prompt is empty; try \"a red circle left of a blue square\"")
+    model = load_model(folder, vocab, codebook, config, name, device)
+    example = Example("draw", np.zeros((32, 32, 3), np.uint8), prompt, "")
+    picture = Evaluator(model, vocab, codebook, None, None).outputs([example], temperature, guidance, seed)[0]
+    Image.fromarray(picture).resize((256, 256), Image.Resampling.NEAREST).save(out)
+    return picture
+
+
+def ask(folder, question, image, name="aligned", device="cpu"):
+    """The most likely answer of a trained run to a question about a picture file (scaled to 32x32 if it is larger)."""
+    config, codebook, vocab = load_run(folder)
+    try:
+        picture = np.asarray(Image.open(image).convert("RGB").resize((32, 32), Image.Resampling.NEAREST))
+    except OSError as error:
+        raise ValueError(f"--image {image}: cannot be read as a picture ({error})") from error
+    model = load_model(folder, vocab, codebook, config, name, device)
+    task = "reason" if re.match(r"what \w+ is the (shape|thing) (left|right|above|below)", question) else "ask"
+    return Evaluator(model, vocab, codebook, None, None).outputs([Example(task, picture, question, "")], 0.0)[0]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", metavar="DIR", help="a run directory of train.py")
+    parser.add_argument("--compare", nargs="+", metavar="DIR", help="run directories: methods side by side, over seeds")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers of --run there")
+    parser.add_argument("--draw", metavar="PROMPT", help="draw this")
+    parser.add_argument("--out", metavar="FILE", default="picture.png", help="where --draw saves [picture.png]")
+    parser.add_argument("--ask", metavar="QUESTION", help="ask this about --image")
+    parser.add_argument("--image", metavar="FILE", help="a picture for --ask")
+    parser.add_argument("--model", choices=("base", "aligned"), default="aligned", help="before or after alignment [aligned]")
+    parser.add_argument("--temperature", type=float, default=0.5, help="of --draw [0.5]")
+    parser.add_argument("--guidance", type=float, default=0.0, help="classifier-free guidance of --draw; 0 is none [0]")
+    parser.add_argument("--seed", type=int, default=0, help="of --draw [0]")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu [auto]")
+    args = parser.parse_args(argv)
+    if args.compare:
+        return print(compare(args.compare))
+    if not args.run:
+        raise ValueError("say what to do: --run DIR (see --help), or --compare DIR DIR ...")
+    device = pick_device(args.device)[0]
+    if args.draw is not None:
+        draw(args.run, args.draw, args.out, args.model, args.temperature, args.guidance, args.seed, device)
+        print(f"{args.out}: {args.draw}")
+    elif args.ask is not None:
+        if not args.image:
+            raise ValueError("--ask needs --image FILE")
+        print(ask(args.run, args.ask, args.image, args.model, device))
+    else:
+        config, codebook, vocab = load_run(args.run)
+        stored = Path(args.run) / "eval.json"
+        if stored.is_file():  # measured at the end of training: the same numbers
+            result = json.loads(stored.read_text(encoding="utf-8"))
+        else:
+            models = {name: load_model(args.run, vocab, codebook, config, name, device) for name in ("base", "aligned")}
+            clip = load_clip(args.run, "clip_report", vocab, config, device)
+            source, judge = judges(config)[0]
+            result = evaluate(models, vocab, codebook, source, judge, clip, config["eval_items"], config["seed"], config["eval_prompts"])
+        print(table(result))
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(print(f"eval.py: {error}", file=sys.stderr) or 2)

@@ -1,0 +1,322 @@
+"""GRPO: score G candidates of the same prompt, and make the ones that beat their own group more likely.
+
+The group's mean reward is the baseline, so no value network is trained. A clipped ratio keeps each update close to the
+policy that sampled, and a KL penalty keeps the policy close to the frozen base model.
+
+(G1) A_i = (r_i - mean_j r_j) / (std_j r_j + eps)                        advantage within the group
+(G2) A_i = 1/(G-1) sum_{j != i} [ 2 sigmoid((r_i - r_j) / tau) - 1 ]     advantage from preference pairs (Bradley-Terry)
+(G3) A = s / (std s + eps),  s = sum_k w_k z_k,  z_k = (G1) of reward k  several rewards, each normalised first (GDPO)
+(G4) ratio_t = exp(logprob_t - old_logprob_t)                            new policy over the one that sampled
+(G5) ratio = exp( mean_t (logprob_t - old_logprob_t) )                   ...or one ratio per sequence (GSPO)
+(G6) k3_t = exp(d_t) - d_t - 1,  d_t = ref_logprob_t - logprob_t         estimate of the KL, never negative
+(G7) l_t = -min( ratio_t A, clip(ratio_t, 1 - clip_low, 1 + clip_high) A )   the token's loss
+(G8) l_t = (G7) + kl_coef k3_t                                           ...and its KL penalty
+(G9) L = sum_nt l / sum_nt m  |  1/N sum_n (sum_t l / sum_t m)  |  sum_nt l / (N max_tokens),  over the valid tokens
+(G10) KL(policy||ref)_t = sum_id p(id) log( p(id) / p_ref(id) ),  H_t = - sum_id p(id) log p(id)     exact, for the log
+
+Symbols: B prompts, G candidates per prompt, N = B*G sequences (row n answers prompt n // G), T completion tokens,
+r rewards (B,G), A advantages, m (N,T) the completion mask: > 0 is valid.
+
+Conventions
+* Std is the sample std (ddof=1): rewards [1,1,0,0] give advantages +-0.87. The population std would give +-1.00.
+* For A < 0 the objective is still the minimum of the two surrogates: a ratio far above 1 is never clipped then.
+* k3 is an unbiased estimate of KL(policy||ref) when the policy sampled the tokens, but its on-policy gradient is that
+  of KL(ref||policy). It spikes when a token becomes very improbable.
+* In the first step after sampling the ratio is 1 and l_t = -A, whose mean is about 0. The gradient is not.
+* Equal rewards in a group give advantage exactly 0: such a group is moved by the KL penalty alone.
+
+What differs from the paper: LVRPO's text fixes neither the std, the KL estimator nor the reduction. These are GRPO's,
+with its published variants to choose from.
+
+    train.py --stage grpo      # the loop around `rollout` and `rollout_loss`
+"""
+
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data import Batch
+from model import completion_mask, sample
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
+    if value not in legal:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, legal))}")
+
+
+def check_shape(name: str, x: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
+    if x is not None and tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(shape)}, {meaning}")
+
+
+# ---------------------------------------------------------------- advantages
+
+
+def checked_rewards(rewards: Tensor, name: str = "rewards") -> Tensor:
+    """Rewards (B,G) without gradient and at least float32; ValueError when they cannot rank a group."""
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"{name} has shape {tuple(rewards.shape)}, expected (B, G) with G >= 2 candidates to compare")
+    if not rewards.isfinite().all():
+        bad = int((~rewards.isfinite()).sum())
+        raise ValueError(f"{name}: {bad} of {rewards.numel()} values are not finite; a failed reward is no score")
+    return at_least_float32(rewards.detach())
+
+
+def minus_group_mean(rewards: Tensor) -> Tensor:
+    shifted = rewards - rewards[:, :1]  # changes nothing, but equal rewards now give exactly 0, not a rounding error
+    return shifted - shifted.mean(1, keepdim=True)
+
+
+def group_advantages(rewards: Tensor, scale: str = "group", eps: float = 1e-4) -> Tensor:
+    """Reward minus the mean of its group, over a std. (B,G) -> (B,G), no gradient. Source: arXiv:2402.03300.
+
+    scale: "group" divides by the group's std + eps; "batch" by the std of all B*G raw rewards + eps; "none" does not
+    divide (Dr. GRPO, arXiv:2503.20783: dividing by a small std magnifies differences that mean little).
+    Raises ValueError for G < 2, a reward that is not finite, or an unknown scale.
+
+    >>> group_advantages(torch.tensor([[1.0, 1.0, 0.0, 0.0], [5.0, 5.0, 5.0, 5.0]])).round(decimals=2)
+    tensor([[ 0.8700,  0.8700, -0.8700, -0.8700],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    """
+    check_choice("scale", scale, ("group", "batch", "none"))
+    rewards = checked_rewards(rewards)
+    if scale == "none":
+        return minus_group_mean(rewards)
+    std = rewards.std(1, keepdim=True) if scale == "group" else rewards.std()
+    return minus_group_mean(rewards) / (std + eps)  # (G1)
+
+
+def pairwise_advantages(rewards: Tensor, temperature: float = 1.0) -> Tensor:
+    """How a candidate fares against each other one. (B,G) -> (B,G) in [-1, 1], every group sums to 0. No gradient.
+
+    sigmoid((r_i - r_j) / temperature) is the Bradley-Terry probability that i is preferred to j.
+    Raises ValueError for G < 2, a reward that is not finite, or temperature <= 0.
+
+    >>> pairwise_advantages(torch.tensor([[3.0, 1.0]]).log()).round(decimals=4)  # preferred 3 times in 4: 2 * 0.75 - 1
+    tensor([[ 0.5000, -0.5000]])
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: expected a number > 0")
+    rewards = checked_rewards(rewards)
+    difference = (rewards[:, :, None] - rewards[:, None, :]) / temperature  # (B,G,G): i against j
+    preferred = torch.tanh(difference / 2)  # = 2 sigmoid(difference) - 1, and 0 for j = i
+    return preferred.sum(2) / (rewards.shape[1] - 1)  # (G2)
+
+
+def combine_rewards(
+    rewards: dict[str, Tensor], weights: dict[str, float], mode: str = "sum_then_normalize", eps: float = 1e-4
+) -> Tensor:
+    """Named rewards (B,G), and a weight for each name -> advantages (B,G), no gradient.
+
+    "sum_then_normalize" is (G1) of the weighted sum: the reward with the widest spread dominates. With
+    "normalize_then_sum", (G3), each reward counts by its weight, whatever its unit (GDPO).
+    Raises ValueError for names or shapes that differ, an unknown mode, G < 2, or a reward that is not finite.
+
+    >>> rewards = {"clip": torch.tensor([[9.0, 3.0]]), "exact": torch.tensor([[0.0, 1.0]])}
+    >>> combine_rewards(rewards, {"clip": 1.0, "exact": 2.0}).round(decimals=2)  # sums 9 and 5
+    tensor([[ 0.7100, -0.7100]])
+    >>> combine_rewards(rewards, {"clip": 1.0, "exact": 2.0}, "normalize_then_sum").round(decimals=2)
+    tensor([[-0.7100,  0.7100]])
+    """
+    check_choice("mode", mode, ("sum_then_normalize", "normalize_then_sum"))
+    if not rewards or set(rewards) != set(weights):
+        raise ValueError(f"rewards {sorted(rewards)} and weights {sorted(weights)}: expected the same names")
+    shape = next(iter(rewards.values())).shape
+    for name, r in rewards.items():
+        check_shape(f"reward {name!r}", r, shape, "the (B, G) of the first reward")
+        checked_rewards(r, f"reward {name!r}")
+    if mode == "sum_then_normalize":
+        return group_advantages(sum(weights[name] * r.detach() for name, r in rewards.items()), eps=eps)
+    total = sum(weights[name] * group_advantages(r, eps=eps) for name, r in rewards.items())
+    # Whitened over the whole batch: every group of the sum has mean 0, so only the std is left to divide by.
+    return total / (total.std() + eps)  # (G3)
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Per-token estimate of KL(policy||ref), any shape -> same shape, >= 0. The reference gets no gradient.
+
+    Source: J. Schulman, "Approximating KL Divergence" (2020), estimator k3.
+
+    >>> kl_k3(torch.tensor([1.0]).log(), torch.tensor([2.0]).log()).round(decimals=4)  # 2 - ln 2 - 1
+    tensor([0.3069])
+    """
+    d = at_least_float32(ref_logprobs.detach()) - at_least_float32(logprobs)
+    return torch.expm1(d) - d  # (G6)
+
+
+def token_objective(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    kl_coef: float = 0.02,
+    level: str = "token",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss, ratio and k3 of every token, (N,T) each; finite at invalid positions, whatever stands there."""
+    valid, dtype = mask > 0, at_least_float32(logprobs).dtype
+
+    def clean(x: Tensor) -> Tensor:
+        # Inputs are replaced, not results: the gradient of a result that is discarded is 0 * nan = nan.
+        return torch.where(valid, x.to(dtype), 0.0)
+
+    new, old, advantages = clean(logprobs), clean(old_logprobs.detach()), clean(advantages.detach()[:, None])
+    ratio = (new - old).exp()  # (G4)
+    if level == "sequence":
+        length = valid.sum(1, keepdim=True).clamp(min=1)
+        ratio = ((new - old).sum(1, keepdim=True) / length).exp().expand_as(new)  # (G5)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = -torch.min(ratio * advantages, clipped * advantages)  # (G7)
+    kl = None if ref_logprobs is None else kl_k3(new, clean(ref_logprobs))
+    if kl is not None and kl_coef != 0:
+        loss = loss + kl_coef * kl  # (G8)
+    return loss, ratio, kl
+
+
+def reduce_tokens(per_token: Tensor, mask: Tensor, reduction: str = "token", max_tokens: int | None = None) -> Tensor:
+    """(N,T) -> one number over the valid tokens. A row without any adds 0 and still counts in N.
+
+    "token" weighs all tokens alike (DAPO, arXiv:2503.14476); "sequence" all sequences, so that a long one's tokens
+    weigh less (GRPO); "constant" divides by N * max_tokens whatever the lengths (Dr. GRPO), max_tokens=None means T.
+    Raises ValueError for an unknown reduction or max_tokens < 1.
+
+    >>> x, mask = torch.tensor([[1.0, 1.0], [4.0, 9.0]]), torch.tensor([[1, 1], [1, 0]])
+    >>> [reduce_tokens(x, mask, reduction).item() for reduction in ("token", "sequence", "constant")]  # 6/3, 5/2, 6/4
+    [2.0, 2.5, 1.5]
+    """
+    check_choice("reduction", reduction, ("token", "sequence", "constant"))
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens}: expected None or at least 1")
+    (rows, width), valid = per_token.shape, mask > 0
+    kept = torch.where(valid, at_least_float32(per_token), 0.0)
+    if reduction == "sequence":
+        return (kept.sum(1) / valid.sum(1).clamp(min=1)).sum() / max(rows, 1)
+    count = valid.sum().clamp(min=1) if reduction == "token" else max(rows * (max_tokens or width), 1)
+    return kept.sum() / count  # (G9)
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float | None = None,
+    kl_coef: float = 0.02,
+    reduction: str = "token",
+    level: str = "token",
+    max_tokens: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss to minimise and its metrics, from log-probs (N,T), advantages (N,) and mask (N,T).
+
+    clip_high=None means clip_low; a larger one lets improbable tokens grow (DAPO). level: "token" is GRPO, "sequence"
+    GSPO (arXiv:2507.18071). reduction and max_tokens: see reduce_tokens. Only logprobs get a gradient.
+    Metrics, means over valid tokens: ratio; clip_low and clip_high, the shares of ratios below and above the clip
+    range; kl (k3), when ref_logprobs are given. Raises ValueError for shapes that differ or an unknown name.
+
+    >>> old = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
+    >>> new = torch.tensor([[0.75, 0.5], [0.75, 0.0]]).log()  # ratios 1.5 and 1 for A = 1, 1.5 for A = -1
+    >>> loss, metrics = grpo_loss(new, old, None, torch.tensor([1.0, -1.0]), torch.tensor([[1, 1], [1, 0]]))
+    >>> round(loss.item(), 4)  # (-1.2 - 1 + 1.5) / 3: the gain is clipped, the harm is not
+    -0.2333
+    >>> {name: round(value.item(), 2) for name, value in metrics.items()}
+    {'ratio': 1.33, 'clip_low': 0.0, 'clip_high': 0.67}
+    """
+    check_choice("level", level, ("token", "sequence"))
+    if logprobs.ndim != 2:
+        raise ValueError(f"logprobs has shape {tuple(logprobs.shape)}, expected (N, T)")
+    for name, x in {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "mask": mask}.items():
+        check_shape(name, x, logprobs.shape, "the (N, T) of logprobs")
+    check_shape("advantages", advantages, logprobs.shape[:1], "one per sequence")
+    high = clip_low if clip_high is None else clip_high
+    inputs = (logprobs, old_logprobs, ref_logprobs, advantages, mask)
+    per_token, ratio, kl = token_objective(*inputs, clip_low, high, kl_coef, level)
+    watched = {"ratio": ratio, "clip_low": ratio < 1 - clip_low, "clip_high": ratio > 1 + high}
+    if kl is not None:
+        watched["kl"] = kl
+    metrics = {name: reduce_tokens(x.detach(), mask) for name, x in watched.items()}
+    return reduce_tokens(per_token, mask, reduction, max_tokens), metrics
+
+
+# ---------------------------------------------------------------- one step: sample, reward, score; then the loss
+
+
+class Rollout(NamedTuple):
+    """N = B*G filled templates of one task and all that their loss needs. (N, L) unless said otherwise; the columns in
+    which nothing was chosen are cut where log-probs are concerned: those are (N, T) for the T columns `columns`."""
+
+    task: str
+    tokens: Tensor  # filled
+    patch: Tensor
+    columns: Tensor  # (T,) positions of the chosen tokens; the state before each predicts it
+    chosen: Tensor  # (N, T) the tokens there
+    lo: Tensor  # (N, T) allowed range
+    hi: Tensor
+    mask: Tensor  # (N, T) bool
+    old_logprobs: Tensor  # (N, T)
+    ref_logprobs: Tensor  # (N, T)
+    rewards: Tensor  # (B, G)
+    stats: dict  # numbers for the log
+
+
+def score(hidden, head, chosen, lo, hi, temperature):
+    """All log-probs over the allowed ids, (..., V), and those of the chosen ids, (...)."""
+    logits = (hidden @ head.T).float() / temperature
+    ids = torch.arange(head.shape[0], device=head.device)
+    logits = logits.masked_fill((ids < lo[..., None]) | (ids >= hi[..., None]), -1e9)  # finite: 0 * log 0 below is 0
+    everything = logits.log_softmax(-1)
+    return everything, everything.gather(-1, chosen[..., None])[..., 0]
+
+
+@torch.no_grad()
+def rollout(policy, reference, batch, group_size, reward_fn, vocab, generator=None, temperature=1.0, task=""):
+    """Sample G candidates for each of the B templates of a Batch, reward them, score them under policy and reference.
+
+    reward_fn(batch, tokens) -> (rewards (B, G), dict of parts (B, G)). What is sampled is what is scored: log-probs are
+    over the same allowed ids and at the same temperature as in sampling."""
+    start = time.perf_counter()
+    batch = Batch(*(t.repeat_interleave(group_size, 0) for t in batch))
+    tokens = sample(policy, batch, vocab, generator, temperature)
+    sampled = time.perf_counter()
+    rewards, parts = reward_fn(batch, tokens)
+    rewarded = time.perf_counter()
+    mask = completion_mask(batch, tokens)
+    columns = mask.any(0).nonzero()[:, 0]
+    chosen, lo, hi, mask = (x[:, columns] for x in (tokens, batch.lo, batch.hi, mask))
+    scored = [score(m(tokens[:, :-1], batch.patch[:, :-1])[:, columns - 1][mask], m.head, chosen[mask], lo[mask], hi[mask], temperature)
+              for m in (policy, reference)]
+    (every, old), (ref_every, ref) = scored
+    spread = rewards.max(1).values - rewards.min(1).values
+    stats = {f"reward_{task}": rewards.mean(), f"zero_spread_{task}": (spread < 1e-6).float().mean(),
+             f"kl_{task}": (every.exp() * (every - ref_every)).sum(-1).mean(),  # (G10)
+             f"entropy_{task}": -(every.exp() * every).sum(-1).mean(),  # (G10)
+             f"length_{task}": mask.sum(1).float().mean(), "sampled_tokens": mask.sum()}
+    stats |= {f"{task}_{name}": value.mean() for name, value in parts.items()}
+    stats = {name: float(value) for name, value in stats.items()}
+    stats |= {"seconds_sample": sampled - start, "seconds_reward": rewarded - sampled, "seconds_score": time.perf_counter() - rewarded}
+    full = [torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x) for x in (old, ref)]
+    return Rollout(task, tokens, batch.patch, columns, chosen, lo, hi, mask, *full, rewards.to(mask.device), stats)
+
+
+def rollout_loss(policy, r, loss_fn, *, advantages=None, temperature=1.0, **objective):
+    """The GRPO loss of one task's rollout under the current policy: (loss, metrics).
+
+    loss_fn is kernels.fused_linear_grpo_loss or anything with its arguments; objective goes to it (clip_low, kl_coef,
+    reduction, scale, ...). advantages (N,) replace the group advantages of r.rewards, when given."""
+    hidden = policy(r.tokens[:, :-1], r.patch[:, :-1])[:, r.columns - 1]
+    reward = {"rewards": r.rewards} if advantages is None else {}
+    return loss_fn(hidden, policy.head, r.chosen, r.old_logprobs, r.ref_logprobs, advantages, r.mask,
+                   lo=r.lo, hi=r.hi, temperature=temperature, **reward, **objective)  # fmt: skip

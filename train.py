@@ -1,0 +1,722 @@
+"""The whole method in one command: learn the codebook, pre-train, train the reward, align with GRPO, evaluate.
+
+  stage      learns                                    from                                        leaves in runs/NAME/
+  codebook   patches <-> codes, words <-> ids          pictures; texts                             codebook.safetensors, tokenizer.json
+  pretrain   the base policy: next token               noisy pairs, clean questions                base.safetensors
+  clip       the reward's CLIP, and a second one       noisy pairs; the second: clean pairs of     clip.safetensors, clip_report.safetensors
+             that only reports                         other scenes                                reward_validity.json
+  grpo       the aligned policy                        its own samples, rewarded; prompts alone    aligned.safetensors
+  unified    (instead of clip and grpo) the obvious    more of pretrain's pairs, for the seconds   aligned.safetensors
+             alternative: more next-token training     that clip and grpo took
+  eval       nothing                                   test scenes                                 eval.json, curves.png, samples/
+
+  (T1) L = mean_task weight_task * L_grpo(task) + ptx_coef * L_nexttoken     the pre-training loss is kept in the GRPO
+           step (InstructGPT's PPO-ptx): without it the policy forgets variety
+
+All randomness of step k of a stage comes from random.Random(f"{seed}/{stage}/{k}"), so a resumed run needs weights,
+optimizer state and k, and then equals an uninterrupted one.
+
+    $ python train.py                      # two-core CPU: the `cpu` preset
+    $ python train.py --device cuda        # one GPU: the `gpu` preset
+    $ python train.py --preset smoke       # everything once, tiny; under a minute
+    $ python train.py --method unified --base runs/NAME      # the alternative, from the same base, for the same seconds
+"""
+
+import argparse
+import csv
+import dataclasses
+import inspect
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import eval as evaluation
+from data import NOISE, SOURCES, Vocabulary, make_sources
+from grpo import combine_rewards, group_advantages, pairwise_advantages, rollout, rollout_loss
+from kernels import fused_linear_grpo_loss, selected_logprobs
+from model import Codebook, ModelConfig, Transformer, pick_device
+from reward import CLIP, Rewards, agreement, clip_loss, text_ids
+
+# ---------------------------------------------------------------- configuration: one field a flag, its comment the help
+
+
+@dataclass
+class Config:
+    preset: str = "auto"  # smoke, cpu or gpu; auto picks gpu on a CUDA device, else cpu
+    device: str = "auto"  # auto, cuda, mps or cpu
+    method: str = "lvrpo"  # lvrpo (align with GRPO) or unified (spend the same seconds on more next-token training)
+    data: str = "synthetic"  # data sets, comma-separated: synthetic, fashion_mnist
+    data_dir: str = "data"  # the parent of fashion_mnist/
+    download: bool = False  # fetch missing public data from the official addresses
+    out: str = ""  # run directory; empty means runs/METHOD-PRESET-SEED
+    base: str = ""  # take codebook, words, base policy and CLIPs from this run instead of training them
+    stage: str = "all"  # all, or the stages to run now, comma-separated
+    resume: bool = False  # go on in a run directory that exists
+    seed: int = 0  # seeds weights, scenes and samples
+    threads: int = 0  # CPU threads; 0 leaves torch's choice
+    # the world and its tokens
+    patch: int = 8  # pixels a patch is wide: 8 gives 16 tokens a picture, 4 gives 64
+    codes: int = 1024  # most entries the codebook may have
+    jitter: int = 0  # pixels an object may be off its place, 0 or 1
+    # the policy
+    width: int = 96  # of the residual stream
+    layers: int = 4  # transformer blocks
+    heads: int = 4  # attention heads
+    # pre-training
+    pretrain_steps: int = 700  # next-token steps of the base
+    batch: int = 64  # sequences a step
+    lr: float = 4e-3  # peak learning rate: 30 steps up, flat, the last 40% down to 0
+    extra_steps: int = 0  # unified: further next-token steps; 0 means as many as fit the seconds of the base run's lvrpo stages
+    # reward
+    clip_steps: int = 400  # for each of the two CLIPs
+    clip_batch: int = 96  # pairs a step
+    clip_width: int = 64  # of both encoders
+    clip_lr: float = 2e-3  # peak learning rate
+    # GRPO
+    grpo_steps: int = 100  # steps: each samples, rewards, scores and learns
+    prompts: int = 16  # drawing prompts a step; the other tasks get half as many
+    group_size: int = 8  # candidates a prompt
+    epochs: int = 1  # optimisation passes over a rollout: with more than one the clipping acts
+    grpo_lr: float = 1e-3  # peak learning rate
+    kl_coef: float = 0.02  # weight of the KL penalty to the frozen base
+    clip_low: float = 0.2  # the ratio is clipped below 1 - this
+    clip_high: float = 0.2  # ... and above 1 + this
+    scale: str = "batch"  # what advantages are divided by: group or batch std, or none
+    advantage: str = "mean"  # mean (reward - group mean), pairwise (win rate) or parts (normalise each reward, then sum)
+    reduction: str = "token"  # how token losses are averaged: token, sequence or constant
+    level: str = "token"  # one ratio a token, or one a sequence
+    ptx_coef: float = 0.5  # weight of the pre-training loss kept in the step
+    temperature: float = 1.0  # of rollouts
+    max_kl: float = 2.0  # stop when the KL to the base, nats a token, passes this for five steps
+    # evaluation
+    eval_items: int = 1000  # test items a metric
+    eval_prompts: int = 128  # prompts a front, 8 pictures each, at 6 temperatures
+
+
+PRESETS = {
+    "cpu": {},
+    "smoke": dict(width=32, layers=2, pretrain_steps=60, batch=32, clip_steps=25, clip_batch=32, clip_width=32,
+                  grpo_steps=4, prompts=4, group_size=4, epochs=2, eval_items=64, eval_prompts=8, extra_steps=10),
+    "gpu": dict(patch=4, jitter=1, width=384, layers=8, heads=6, pretrain_steps=2500, batch=512, lr=2e-3, clip_steps=800, clip_batch=512,
+                clip_width=128, grpo_steps=60, prompts=64, eval_items=2000),
+}  # fmt: skip
+STAGES = {"lvrpo": ("codebook", "pretrain", "clip", "grpo", "eval"), "unified": ("codebook", "pretrain", "clip", "unified", "eval")}
+CHOICES = {"preset": ("auto", *PRESETS), "device": ("auto", "cuda", "mps", "cpu"), "method": tuple(STAGES), "scale": ("group", "batch", "none"),
+           "advantage": ("mean", "pairwise", "parts"), "reduction": ("token", "sequence", "constant"), "level": ("token", "sequence")}  # fmt: skip
+TASK_MIX = {"draw": 5, "caption": 2, "ask": 3, "reason": 1, "text": 1}  # of a pre-training batch
+GRPO_TASKS = ("draw", "caption", "ask", "reason")
+
+
+def parse_flags(argv=None):
+    """Command line -> Config: a preset's values, overridden by every flag that was given."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    for f in dataclasses.fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "choices": CHOICES.get(f.name)}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f"{comments[f.name]} [{f.default}]".replace("%", "%%"), **kind)
+    return make_config(**vars(parser.parse_args(argv)))
+
+
+def make_config(**given):
+    """A checked Config from keyword arguments. ValueError names a value that cannot work, and what can."""
+    for name, value in given.items():
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"--{name} {value}: expected one of {', '.join(CHOICES[name])}")
+    preset = given.get("preset", "auto")
+    if preset == "auto":
+        preset = "gpu" if pick_device(given.get("device", "auto"))[0].type == "cuda" else "cpu"
+    c = Config(**{**PRESETS[preset], **given, "preset": preset})
+    c.out = c.out or f"runs/{c.method}-{c.preset}-{c.seed}"
+    positive = ("codes", "width", "layers", "heads", "pretrain_steps", "batch", "lr", "clip_steps", "clip_batch", "clip_width", "clip_lr",
+                "grpo_steps", "prompts", "epochs", "grpo_lr", "temperature", "max_kl", "eval_items", "eval_prompts")  # fmt: skip
+    checks = [(getattr(c, n) > 0, n, "more than 0") for n in positive] + [
+        (c.patch in (4, 8, 16), "patch", "4, 8 or 16"), (c.jitter in (0, 1), "jitter", "0 or 1"), (c.group_size > 1, "group_size", "at least 2"),
+        (c.kl_coef >= 0, "kl_coef", "0 or more"), (c.ptx_coef >= 0, "ptx_coef", "0 or more"), (0 < c.clip_low < 1, "clip_low", "between 0 and 1"),
+        (c.clip_high > 0, "clip_high", "more than 0"), (c.width % (2 * c.heads) == 0, "width", f"a multiple of 2 x heads = {2 * c.heads}"),
+        (c.clip_width % 8 == 0, "clip_width", "a multiple of 8"), (c.seed >= 0, "seed", "0 or more"),
+        (set(c.data.split(",")) <= set(SOURCES), "data", f"names from {', '.join(SOURCES)}, comma-separated"),
+        (c.stage == "all" or set(c.stage.split(",")) <= set(STAGES[c.method]), "stage", f"all, or names from {', '.join(STAGES[c.method])}"),
+    ]  # fmt: skip
+    for ok, name, legal in checks:
+        if not ok:
+            near = get_close_matches(str(getattr(c, name)), list(SOURCES) + list(STAGES[c.method]), 1)
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected {legal}" + (f"; did you mean {near[0]}?" if near else ""))
+    return c
+
+
+# ---------------------------------------------------------------- the run directory
+
+
+def save_atomically(tensors, path, **metadata):
+    """Write a .safetensors file under a temporary name, flush it, rename it: a reader sees all of it or nothing."""
+    temporary = path.with_suffix(".tmp")
+    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, str(temporary), {k: str(v) for k, v in metadata.items()})
+    with open(temporary, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+class Log:
+    """metrics.csv, one row a step, reproducible; and timing.csv, which is not. Opening it at (stage, step) drops later rows."""
+
+    def __init__(self, folder, stage, step):
+        self.files = {}
+        for name in ("metrics", "timing"):
+            path = folder / f"{name}.csv"
+            rows = list(csv.DictReader(path.open(newline="", encoding="utf-8"))) if path.exists() else []
+            self.files[name] = [path, [r for r in rows if r["stage"] != stage or int(r["step"]) < step]]
+            self._write(name)
+
+    def add(self, name, row):
+        path, rows = self.files[name]
+        known = set(rows[0]) if rows else set()
+        rows.append({k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()})
+        if set(row) <= known:
+            with path.open("a", newline="", encoding="utf-8") as f:
+                csv.DictWriter(f, list(rows[0])).writerow(rows[-1])
+        else:
+            self._write(name)  # a new stage brings new columns
+
+    def _write(self, name):
+        path, rows = self.files[name]
+        columns = list(dict.fromkeys(k for r in rows for k in r))
+        for i, r in enumerate(rows):
+            rows[i] = {k: r.get(k, "") for k in columns}
+        with path.open("w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+class Stopped(Exception):
+    """Training ended early, for a reason that the message tells; `status` is the exit status."""
+
+    def __init__(self, message, status=1):
+        super().__init__(message)
+        self.status = status
+
+
+# ---------------------------------------------------------------- one loop for every stage that learns
+
+
+def make_optimizers(model, lr):
+    """Muon for the matrices inside the blocks, AdamW for embeddings and gains: on this task Muon reached the same
+    quality in about half the steps AdamW needed (results/optimizer.md)."""
+    inside = [p for n, p in model.named_parameters() if p.ndim == 2 and "blocks" in n]
+    rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "blocks" in n)]
+    muon = torch.optim.Muon(inside, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def schedule(step, steps, warmup=30, decay=0.4):
+    """Share of the peak learning rate: linear up, flat, linear down to 0 over the last part of the steps.
+
+    >>> [round(schedule(step, 100), 2) for step in (0, 29, 50, 80, 99)]
+    [0.03, 1.0, 1.0, 0.5, 0.03]
+    """
+    return min(1, (step + 1) / warmup, (steps - step) / (decay * steps))
+
+
+def flat_state(model, optimizers):
+    """Weights and optimizer state as one flat dict of tensors, for one .safetensors file."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    for i, optimizer in enumerate(optimizers):
+        for p, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{p}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    return tensors
+
+
+def load_state(model, optimizers, path):
+    """The reverse of flat_state; returns the step to go on with."""
+    with safe_open(str(path), "pt") as f:
+        step = int(f.metadata()["step"])
+    tensors = load_file(str(path))
+    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    for i, optimizer in enumerate(optimizers):
+        state = {}
+        for k, v in tensors.items():
+            if k.startswith(f"optimizer.{i}."):
+                p, name = k.split(".", 3)[2:]
+                state.setdefault(int(p), {})[name] = v
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return step
+
+
+class Trainer:
+    """What all stages share: configuration, device, data, run directory."""
+
+    def __init__(self, config):
+        self.config, self.folder = config, Path(config.out)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.device, self.dtype, self.reason = pick_device(config.device)
+        self.sources = make_sources(config.data, config.data_dir, config.jitter, config.download)
+        self.interrupted = None
+
+    def rng(self, *place):
+        return random.Random("/".join(map(str, (self.config.seed, *place))))
+
+    def generator(self, rng):
+        return torch.Generator(self.device).manual_seed(rng.getrandbits(60))
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def optimise(self, stage, model, steps, lr, losses, after=None):
+        """Train `model` for `steps`. losses(step) yields {name: loss} once for every optimizer update, after it filled a
+        dict of metrics that it yields beside it. `after(step)` may look at the model. Resumes, logs, guards, saves."""
+        c, optimizers = self.config, make_optimizers(model, lr)
+        path, first, skipped, diverged = self.folder / f"state_{stage}.safetensors", 0, 0, 0
+        if path.exists():
+            first = load_state(model, optimizers, path)
+            print(f"{stage}: goes on at step {first}")
+        log, saved = Log(self.folder, stage, first), time.monotonic()
+        bar = tqdm(range(first, steps), initial=first, total=steps, desc=f"{stage:9}", mininterval=1 if sys.stderr.isatty() else 15, ncols=110)
+        for step in bar:
+            start = time.perf_counter()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * schedule(step, steps)
+            for parts, row in losses(step):
+                norms = self.backward(model, parts)
+                total = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+                if np.isfinite(total) and all(bool(x.isfinite()) for x in parts.values()):
+                    for optimizer in optimizers:
+                        optimizer.step()
+                else:
+                    skipped += 1
+                    if skipped > 5:
+                        raise Stopped(f"{stage}: the loss or gradient was not finite {skipped} times (step {step}); try a lower learning rate "
+                                      f"than {lr:g}. The last good state is kept: --resume --out {self.folder}")
+                row |= {"loss": float(sum(x.detach() for x in parts.values())), "grad_norm": total, "lr": lr * schedule(step, steps), "skipped": skipped, **norms}
+            row = {k: float(v) for k, v in row.items()}
+            seconds = {k: row.pop(k) for k in [k for k in row if k.startswith("seconds")]}
+            row |= after(step, model) if after else {}
+            log.add("metrics", {"stage": stage, "step": step, **row})
+            log.add("timing", {"stage": stage, "step": step, "seconds": time.perf_counter() - start, **seconds, **self.memory()})
+            bar.set_postfix({k: f"{row[k]:.3g}" for k in ("loss", "reward_draw", "reward_ask", "kl_draw", "r1") if k in row}, refresh=False)
+            diverged = diverged + 1 if row.get("kl_draw", 0) > c.max_kl else 0
+            if diverged == 5:
+                raise Stopped(f"{stage}: the KL to the base passed {c.max_kl} nats a token for five steps (step {step}); raise --kl-coef or lower "
+                              f"--grpo-lr. The last good state is kept: --resume --out {self.folder}")
+            if (time.monotonic() - saved > 60 or self.interrupted) and step + 1 < steps:
+                save_atomically(flat_state(model, optimizers), path, step=step + 1)
+                saved = time.monotonic()
+            if self.interrupted:
+                raise Stopped(f"interrupted in {stage} at step {step + 1}; go on with: python train.py --resume --out {self.folder}", 128 + self.interrupted)
+        return model
+
+    @staticmethod
+    def backward(model, parts):
+        """Gradients of the sum of the parts, and the norm that each part adds (when there is more than one)."""
+        norms, before = {}, None
+        for p in model.parameters():
+            p.grad = None
+        for name, loss in parts.items():
+            loss.backward()
+            if len(parts) > 1:
+                now = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+                norms[f"grad_{name}"] = float((now - before if before is not None and len(before) == len(now) else now).norm())
+                before = now
+        return norms
+
+    def memory(self):
+        if self.device.type == "cuda":
+            return {"peak_mb": torch.cuda.max_memory_allocated() / 2**20}
+        try:
+            import resource
+        except ImportError:  # Windows
+            return {}
+        return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)}
+
+    # ------------------------------------------------------------ stages
+
+    def codebook_stage(self):
+        """Patches and words of all data sets."""
+        c, rng = self.config, self.rng("codebook")
+        pictures = np.stack([s.example(rng, "caption", pool).picture for s in self.sources for pool in ("paired", "three") for _ in range(2000)])
+        codebook = Codebook.fit(pictures, c.codes, c.patch, seed=c.seed)
+        for s in self.sources:
+            sample = np.stack([s.example(rng, "caption", split="val").picture for _ in range(500)])
+            print(f"codebook: {len(codebook.entries)} entries; {s.name} validation pictures {codebook.psnr(sample):.1f} dB")
+        vocab = Vocabulary.train((t for s in self.sources for t in s.texts(rng, 6000)), len(codebook.entries), codebook.side**2)
+        print(f"words: {len(vocab.words)} in {vocab.n_text} text tokens; vocabulary {vocab.size}")
+        vocab.save(self.folder)
+        save_atomically({"entries": codebook.entries}, self.folder / "codebook.safetensors")
+
+    def load_tokens(self):
+        _, self.codebook, self.vocab = evaluation.load_run(self.folder)
+
+    def policy(self, name=None):
+        """The transformer, fresh from the seed, or with the weights of a checkpoint of this run."""
+        c = self.config
+        torch.manual_seed(c.seed)
+        model = Transformer(ModelConfig(self.vocab.size, self.codebook.side, c.width, c.layers, c.heads)).to(self.device)
+        if name:
+            evaluation.load_weights(model, self.folder / f"{name}.safetensors")
+        return model
+
+    def pairs(self, rng, n):
+        """n pre-training examples as two Batches of similar length (padding is work for nothing)."""
+        examples = []
+        for _ in range(n):
+            source = rng.choice(self.sources)
+            tasks = [t for t in source.tasks for _ in range(TASK_MIX[t])]
+            examples.append(source.example(rng, rng.choice(tasks), noise=NOISE))
+        for short in (True, False):
+            part = [e for e in examples if (e.task in ("draw", "text")) == short]
+            if part:
+                codes = self.codebook.encode(np.stack([e.picture for e in part]))
+                yield self.vocab.batch(part, codes).trim().to(self.device)
+
+    def next_token_loss(self, model, rng, n):
+        """Mean negative log-likelihood of all chosen tokens of n pre-training examples."""
+        total, count = 0.0, 0
+        for batch in self.pairs(rng, n):
+            mask = batch.mask[:, 1:]
+            with self.autocast():
+                hidden = model(batch.target[:, :-1], batch.patch[:, :-1])
+            pick = lambda x: x[:, 1:][mask][None]  # noqa: E731
+            logprobs = selected_logprobs(hidden[mask][None], model.head, pick(batch.target), lo=pick(batch.lo), hi=pick(batch.hi))
+            total, count = total - logprobs.sum(), count + int(mask.sum())
+        return total / count, count
+
+    def next_token_stage(self, stage, model, steps):
+        def losses(step):
+            loss, tokens = self.next_token_loss(model, self.rng(stage, step), self.config.batch)
+            yield {"nll": loss}, {"tokens": tokens}
+
+        return self.optimise(stage, model, steps, self.config.lr, losses)
+
+    def pretrain_stage(self):
+        model = self.next_token_stage("pretrain", self.policy(), self.config.pretrain_steps)
+        save_atomically(model.state_dict(), self.folder / "base.safetensors")
+
+    def unified_stage(self):
+        model = self.next_token_stage("unified", self.policy("base"), self.config.extra_steps)
+        save_atomically(model.state_dict(), self.folder / "aligned.safetensors")
+
+    def clip_stage(self):
+        """The reward's CLIP on noisy pairs; a second one, of another seed, on clean pairs of other scenes, that only reports."""
+        c = self.config
+        for stage, noise, pools, held_out in (("clip", NOISE, ("paired",), True), ("clip_report", None, ("paired", "prompted", "three", "heldout"), False)):
+            torch.manual_seed(self.rng(stage).getrandbits(60))
+            clip = CLIP(self.vocab.n_text, c.patch, width=c.clip_width).to(self.device)
+
+            def losses(step):
+                rng, examples, edited = self.rng(stage, step), [], []
+                for _ in range(c.clip_batch):
+                    source = rng.choice(self.sources)
+                    examples.append(source.example(rng, "draw", rng.choice(pools), noise=noise))
+                    edited += source.negatives(rng, examples[-1].prompt, 1, held_out)
+                ids, edits = (text_ids(self.vocab, t, self.device) for t in ([e.prompt for e in examples], edited))
+                with self.autocast():
+                    loss, r1 = clip_loss(clip, np.stack([e.picture for e in examples]), ids, edits)
+                yield {"loss": loss}, {"r1": r1}
+
+            self.optimise(stage, clip, c.clip_steps, c.clip_lr, losses)
+            save_atomically(clip.state_dict(), self.folder / f"{stage}.safetensors")
+        self.check_reward()
+
+    def check_reward(self, prompts=48, group=8):
+        """Reward validity before RL: does the CLIP reward rank the base model's own drawings as the judge does? Validation
+        prompts only; the answer is written down and shown, nothing is chosen by it."""
+        rewards, found = Rewards(evaluation.load_clip(self.folder, "clip", self.vocab, vars(self.config), self.device), self.vocab), {}
+        model = self.policy("base")
+        for source, judge in evaluation.judges(vars(self.config), self.sources):
+            asked = evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", self.config.seed)
+            for name, pools in judge.pools.items():
+                if name == "compose_unprompted":
+                    continue
+                examples = asked.examples("draw", prompts, pools)
+                pictures = asked.outputs([e for e in examples for _ in range(group)])
+                reward = rewards(source, "draw", examples, pictures, self.rng("validity"))["clip"]
+                for kind, right in judge.by_kind([e for e in examples for _ in range(group)], pictures).items():
+                    found[f"{source.name} {name} {kind}"] = agreement(reward, torch.from_numpy(right).view(prompts, group))
+        found = {k: round(v, 3) for k, v in found.items() if v == v}
+        (self.folder / "reward_validity.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        print("reward validity, share of (right, wrong) pairs of a group in order: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
+
+    def grpo_stage(self):
+        c = self.config
+        policy, reference = self.policy("base"), self.policy("base").requires_grad_(False)
+        clip = evaluation.load_clip(self.folder, "clip", self.vocab, vars(c), self.device)
+        rewards = Rewards(clip, self.vocab)
+        objective = dict(clip_low=c.clip_low, clip_high=c.clip_high, kl_coef=c.kl_coef, reduction=c.reduction, level=c.level,
+                         temperature=c.temperature)  # fmt: skip
+
+        def sampled(rng, task):
+            """One rollout of a task, from one source."""
+            source = rng.choice([s for s in self.sources if task in s.tasks])
+            examples = [source.example(rng, task, source.prompt_pool(rng, task)) for _ in range(c.prompts if task == "draw" else max(c.prompts // 2, 1))]
+            batch = self.vocab.batch(examples, self.codebook.encode(np.stack([e.picture for e in examples])), self.device)
+            parts = {}
+
+            def reward(filled, tokens):
+                outputs = evaluation.decode(self.vocab, self.codebook, task, filled, tokens)
+                outputs = np.stack(outputs) if task == "draw" else outputs
+                parts.update(rewards(source, task, examples, outputs, rng))
+                return rewards.total(parts), parts
+
+            with self.autocast():
+                r = rollout(policy, reference, batch, c.group_size, reward, self.vocab, self.generator(rng), c.temperature, task)
+            return r, self.advantages(r, parts, rewards.weights)
+
+        def losses(step):
+            rng = self.rng("grpo", step)
+            rollouts = [sampled(rng, task) for task in GRPO_TASKS if any(task in s.tasks for s in self.sources)]
+            row = {"tokens": 0}
+            for r, _ in rollouts:
+                row["tokens"] += r.stats.pop("sampled_tokens")
+                for k, v in r.stats.items():
+                    row[k] = row.get(k, 0) + v
+            for _ in range(c.epochs):
+                parts = {}
+                for r, advantages in rollouts:
+                    with self.autocast():
+                        loss, metrics = rollout_loss(policy, r, fused_linear_grpo_loss, advantages=advantages, **objective)
+                    parts[r.task] = loss / len(rollouts)  # (T1)
+                    row |= {f"{k if k != 'kl' else 'k3'}_{r.task}": float(v) for k, v in metrics.items()}
+                if c.ptx_coef:
+                    nll, tokens = self.next_token_loss(policy, rng, c.batch)
+                    parts["ptx"], row["nll"], row["ptx_tokens"] = c.ptx_coef * nll, float(nll), tokens
+                yield parts, row
+
+        self.optimise("grpo", policy, c.grpo_steps, c.grpo_lr, losses, self.watcher())
+        save_atomically(policy.state_dict(), self.folder / "aligned.safetensors")
+
+    def advantages(self, r, parts, weights):
+        """(N,) advantages of a rollout by --advantage and --scale."""
+        if self.config.advantage == "mean":
+            return group_advantages(r.rewards, self.config.scale).flatten()
+        if self.config.advantage == "pairwise":
+            return pairwise_advantages(r.rewards).flatten()
+        return combine_rewards(parts, {k: weights[k] for k in parts}, "normalize_then_sum").flatten().to(r.rewards.device)
+
+    # ------------------------------------------------------------ looking at it
+
+    def watcher(self, every=20, prompts=32, group=4):
+        """Every so often: the judge's score and diversity on validation prompts (shown, never used), and sample pictures."""
+        source, judge = evaluation.judges(vars(self.config), self.sources)[0]
+        pools = [judge.pools[p] for p in ("compose", "compose_heldout") if p in judge.pools]
+
+        def watch(step, model):
+            if step % every and step + 1 < self.config.grpo_steps:
+                return {}
+            asked, row = evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", self.config.seed), {}
+            for name, pool in zip(("val", "val_heldout"), pools):
+                front = asked.front(pool, (1.0,), prompts, group)[0]
+                row |= {f"{name}_{k}": v for k, v in front.items() if v is not None and k in ("compose", "diversity")}
+            self.draw_samples(model, f"grpo_{step + 1 if step else 0:04d}")
+            return row
+
+        return watch
+
+    def draw_samples(self, model, name, per_prompt=6):
+        """samples/NAME.png: the same prompts from the same noise, whatever the model."""
+        (self.folder / "samples").mkdir(exist_ok=True)
+        rows = []
+        for source, judge in evaluation.judges(vars(self.config), self.sources):
+            asked = evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", 1)
+            examples = [e for pools in judge.pools.values() for e in asked.examples("draw", 3 if len(judge.pools) > 1 else 8, pools)]
+            pictures = asked.outputs([e for e in examples for _ in range(per_prompt)])
+            right = judge.draw([e for e in examples for _ in range(per_prompt)], pictures)[0]
+            rows += [(e.prompt, pictures[i * per_prompt :][:per_prompt], right[i * per_prompt :][:per_prompt]) for i, e in enumerate(examples)]
+        contact_sheet(rows).save(self.folder / "samples" / f"{name}.png")
+
+    def eval_stage(self):
+        c, start = self.config, time.perf_counter()
+        models = {name: self.policy(name).eval() for name in ("base", "aligned")}
+        clip = evaluation.load_clip(self.folder, "clip_report", self.vocab, vars(c), self.device)
+        results = {}
+        for source, judge in evaluation.judges(vars(c), self.sources):
+            results[source.name] = evaluation.evaluate(models, self.vocab, self.codebook, source, judge, clip, c.eval_items, c.seed, c.eval_prompts)
+            print(f"\n{source.name}\n{evaluation.table(results[source.name])}")
+        for name, model in models.items():
+            self.draw_samples(model, name)
+        frames = [Image.open(p).convert("P") for p in sorted((self.folder / "samples").glob("grpo_*.png"))]
+        if frames:
+            frames[0].save(self.folder / "samples.gif", save_all=True, append_images=frames[1:], duration=500, loop=0)
+        curves(self.folder)
+        first = next(iter(results.values()))
+        seconds = stage_seconds(self.folder) | {"eval": round(time.perf_counter() - start, 1)}
+        meta = describe(c) | {"seconds": seconds, "device": self.reason, **self.memory()}
+        out = first | {"sources": results, "meta": meta} if len(results) > 1 else first | {"meta": meta}
+        write_json(self.folder / "eval.json", out)
+
+    def run(self):
+        """Every stage whose result is not there yet, in order."""
+        c = self.config
+        done = {"codebook": "codebook.safetensors", "pretrain": "base.safetensors", "clip": "reward_validity.json", "grpo": "aligned.safetensors",
+                "unified": "aligned.safetensors", "eval": "eval.json"}  # fmt: skip
+        wanted = STAGES[c.method] if c.stage == "all" else [s for s in STAGES[c.method] if s in c.stage.split(",")]
+        for stage in wanted:
+            if (self.folder / done[stage]).exists() and not (c.stage != "all" and stage == "eval"):
+                print(f"{stage}: already there")
+                continue
+            if stage != "codebook":
+                self.load_tokens()
+            start = time.perf_counter()
+            getattr(self, f"{stage}_stage")()
+            (self.folder / f"state_{stage}.safetensors").unlink(missing_ok=True)
+            print(f"{stage}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+# ---------------------------------------------------------------- pictures and files of a run
+
+
+def contact_sheet(rows, zoom=2):
+    """One line a prompt: the words, then its pictures, framed green where the judge found them right, else red."""
+    size = 32 * zoom + 6
+    sheet = Image.new("RGB", (430 + size * max(len(p) for _, p, _ in rows), size * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, (prompt, pictures, right) in enumerate(rows):
+        draw.text((8, y * size + size // 2 - 6), prompt, fill="black")
+        for x, (picture, ok) in enumerate(zip(pictures, right)):
+            box = 430 + x * size, y * size
+            draw.rectangle((*box, box[0] + size - 2, box[1] + size - 2), fill=(40, 160, 60) if ok else (210, 60, 50))
+            sheet.paste(Image.fromarray(picture).resize((32 * zoom,) * 2, Image.Resampling.NEAREST), (box[0] + 2, box[1] + 2))
+    return sheet
+
+
+def curves(folder):
+    """curves.png from metrics.csv: one panel a question that a reader should ask of the run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = list(csv.DictReader((folder / "metrics.csv").open(encoding="utf-8")))
+    panels = {  # title: (stages, columns by prefix)
+        "next-token loss": (("pretrain", "unified"), ("loss",)), "CLIP: own caption ranked first": (("clip", "clip_report"), ("r1",)),
+        "reward (mean of a step)": (("grpo",), ("reward_",)), "judge and diversity, validation prompts": (("grpo",), ("val_",)),
+        "groups without any spread": (("grpo",), ("zero_spread_",)), "exact KL to the base, nats a token": (("grpo",), ("kl_",)),
+        "entropy, nats a token": (("grpo",), ("entropy_",)), "gradient norm by task": (("grpo",), ("grad_",)),
+        "ratios outside the clip range": (("grpo",), ("clip_low_", "clip_high_"))}  # fmt: skip
+    figure, axes = plt.subplots(3, 3, figsize=(15, 10), layout="constrained")
+    for ax, (title, (stages, prefixes)) in zip(axes.flat, panels.items()):
+        for stage in stages:
+            there = [r for r in rows if r["stage"] == stage]
+            for column in [k for k in (there[0] if there else ()) if k.startswith(prefixes) and k != "grad_norm"]:
+                points = [(int(r["step"]), float(r[column])) for r in there if r[column]]
+                if points:
+                    x, y = zip(*points)
+                    width = max(1, len(y) // 40)
+                    smooth = np.convolve(np.pad(y, (width // 2, (width - 1) // 2), "edge"), np.ones(width) / width, "valid")
+                    ax.plot(x, smooth, label=f"{stage} {column}" if len(stages) > 1 else column, marker="o" if len(y) < 12 else None)
+        ax.set_title(title)
+        ax.set_xlabel("step")
+        if ax.lines:
+            ax.legend(fontsize=7)
+        else:
+            ax.text(0.5, 0.5, "not part of this run", ha="center", transform=ax.transAxes, color="grey")
+    figure.savefig(folder / "curves.png", dpi=80)
+    plt.close(figure)
+
+
+def write_json(path, value):
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def stage_seconds(folder):
+    """Seconds that each stage spent in its steps, from timing.csv."""
+    seconds = {}
+    if (folder / "timing.csv").exists():
+        for r in csv.DictReader((folder / "timing.csv").open(encoding="utf-8")):
+            seconds[r["stage"]] = seconds.get(r["stage"], 0.0) + float(r["seconds"])
+    return {k: round(v, 1) for k, v in seconds.items()}
+
+
+def describe(config):
+    """What a result needs beside it: configuration, command, commit, machine, versions."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = f"{gpu or platform.processor() or platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {"preset": config.preset, "method": config.method, "data": config.data, "seed": config.seed, "commit": commit, "machine": machine,
+            "command": "python " + " ".join(sys.argv), "versions": versions, "noise": NOISE, "config": dataclasses.asdict(config)}  # fmt: skip
+
+
+def take_over(config, folder):
+    """Copy what --base already trained; a unified run gets as many steps as fit the seconds that lvrpo needed there."""
+    base = Path(config.base)
+    kept = ("codebook.safetensors", "tokenizer.json", "words.json", "base.safetensors", "clip.safetensors", "clip_report.safetensors", "reward_validity.json")
+    for name in kept:
+        if not (base / name).is_file():
+            raise ValueError(f"--base {base}: {name} is not there; train it first with `python train.py --out {base}`")
+    theirs = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    shape = ("data", "patch", "codes", "jitter", "width", "layers", "heads", "clip_width")
+    different = [n for n in shape if theirs[n] != getattr(config, n)]
+    if different:
+        raise ValueError(f"--base {base} has another configuration: " + ", ".join(f"{n} {theirs[n]}" for n in different) + f" (here {', '.join(str(getattr(config, n)) for n in different)})")
+    if config.method == "unified" and not config.extra_steps:
+        seconds = stage_seconds(base)
+        config.extra_steps = max(1, round((seconds.get("clip", 0) + seconds.get("grpo", 0)) / seconds["pretrain"] * theirs["pretrain_steps"]))
+        print(f"unified: {config.extra_steps} further steps, for {seconds.get('clip', 0) + seconds.get('grpo', 0):.0f} s of clip and grpo in {base}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in kept:
+        shutil.copy(base / name, folder / name)
+
+
+def main(config):
+    """Train as configured; returns the run directory. ValueError for what the user can mend, Stopped for an early end."""
+    folder = Path(config.out)
+    saved = folder / "config.json"
+    if saved.exists() and not config.resume and config.stage == "all":
+        raise ValueError(f"{folder} already holds a run: add --resume to go on with it, or choose another --out")
+    if config.resume and not saved.exists():
+        raise ValueError(f"{folder} holds no run to resume; leave --resume out, or name another --out")
+    trainer = Trainer(config)
+    print(trainer.reason)
+    if not saved.exists():
+        if config.base:
+            take_over(config, folder)
+        elif config.method == "unified" and not config.extra_steps:
+            raise ValueError("--method unified needs --base RUN (it gets the seconds that lvrpo took there) or --extra-steps")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(saved, dataclasses.asdict(config))
+
+    def stop(number, frame):
+        trainer.interrupted = number
+
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), stop)
+    trainer.run()
+    return folder
+
+
+def resumed(config):
+    """The configuration of the run in --out, with nothing but where and how to run it taken from the command line."""
+    path = Path(config.out) / "config.json"
+    if not config.resume or not path.exists():
+        return config
+    stored = Config(**json.loads(path.read_text(encoding="utf-8")))
+    return dataclasses.replace(stored, out=config.out, resume=True, stage=config.stage, device=config.device, threads=config.threads)
+
+
+if __name__ == "__main__":
+    try:
+        main(resumed(parse_flags()))
+    except ValueError as error:
+        sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
+    except Stopped as stopped:
+        sys.exit(print(f"train.py: {stopped}", file=sys.stderr) or stopped.status)
