@@ -6,9 +6,9 @@ is limited on purpose, so that later claims can be tested:
 
   pool        objects  pairs of kinds          pictures with texts   prompts in GRPO   judged as
   paired      1-2      common                  yes (noisy captions)  yes               compose
-  prompted    2        8 "prompt-only" pairs   never                 yes               compose_heldout
+  prompted    2        8 "prompt-only" pairs   never                 yes               compose_pairs
   three       3        no held-out pair        never                 yes               compose_heldout
-  heldout     2-3      8 held-out pairs        never                 never             compose_unprompted
+  heldout     3        8 held-out pairs        never                 never             compose_unprompted
 
 A kind is a colour and a shape (12 of them); what is held out are *co-occurrences* of two kinds, never a kind itself:
 every patch a held-out picture needs has been seen in pre-training (tests/test_data.py asserts it).
@@ -31,6 +31,7 @@ Symbols: N sequences, L positions, P patches of a picture, K codes of the codebo
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -128,7 +129,7 @@ random.Random(0).shuffle(_pairs)
 HELDOUT_PAIRS, PROMPT_PAIRS = frozenset(_pairs[:8]), frozenset(_pairs[8:16])  # of 66 pairs of kinds
 
 
-COUNTS = {"paired": (1, 2, 2), "prompted": (2,), "three": (3,), "heldout": (2, 3)}  # objects a scene, drawn evenly
+COUNTS = {"paired": (1, 2, 2), "prompted": (2,), "three": (3,), "heldout": (3,)}  # objects a scene, drawn evenly
 
 
 def pairs_of(kinds):
@@ -373,13 +374,19 @@ class World:
         return rng.choice(draws if task == "draw" else ("paired", "three"))
 
     def negatives(self, rng, text, n, held_out=True):
-        """n captions one edit away from a caption (with repeats if there are fewer), none naming a held-out pair
-        unless held_out is False; [] for a text that is no caption."""
+        """n captions one edit away from a caption, all kinds of edit alike (repeated if there are fewer), none naming a
+        held-out pair unless held_out is False; [] for a text that is no caption."""
         caption = parse_caption(text)
         if caption is None:
             return []
-        kept = [e.text() for _, e in edits(caption) if not held_out or in_pool("three", e.kinds)]
-        return rng.sample(kept, n) if len(kept) >= n else [rng.choice(kept) for _ in range(n)]
+        kinds = {}
+        for kind, e in edits(caption):
+            if not held_out or in_pool("three", e.kinds):
+                kinds.setdefault(kind, []).append(e.text())
+        ways = [rng.sample(texts, len(texts)) for texts in kinds.values()]
+        rng.shuffle(ways)  # one edit of each kind before the second of any: a relation has one edit, a colour many
+        kept = [text for layer in itertools.zip_longest(*ways) for text in layer if text]
+        return kept[:n] + [rng.choice(kept) for _ in range(n - len(kept))]
 
 
 # ---------------------------------------------------------------- public data, in the official formats

@@ -125,7 +125,7 @@ def holds(scene, caption):
 class WorldJudge:
     """Right or wrong for the synthetic world, and which kinds of statement failed."""
 
-    pools = {"compose": ("paired",), "compose_heldout": ("prompted", "three"), "compose_unprompted": ("heldout",)}
+    pools = {"compose": ("paired",), "compose_heldout": ("three",), "compose_pairs": ("prompted",), "compose_unprompted": ("heldout",)}
 
     def draw(self, examples, pictures):
         """(N,) bool, and {kind: share of statements that are true}."""
@@ -137,14 +137,9 @@ class WorldJudge:
                 kinds[kind].append(ok)
         return np.array(right), {kind: float(np.mean(v)) for kind, v in kinds.items()}
 
-    def by_kind(self, examples, pictures):
-        """{kind: (N,) bool, all statements of this kind true; prompts without such a statement count as true}, and "all"."""
-        kinds = defaultdict(lambda: np.ones(len(examples), bool))
-        for i, (e, scene) in enumerate(zip(examples, parse(pictures))):
-            for kind, ok in statements(scene, e.truth[1]):
-                kinds[kind][i] &= ok
-                kinds["all"][i] &= ok
-        return dict(kinds)
+    def failed(self, examples, pictures):
+        """For each picture the kinds of statement that are false of it: a list of N sets, empty where all is right."""
+        return [{kind for kind, ok in statements(scene, e.truth[1]) if not ok} for e, scene in zip(examples, parse(pictures))]
 
     def caption(self, examples, texts):
         """(N,) bool: a caption of the grammar that is true of the scene and misses no object."""
@@ -177,8 +172,8 @@ class FashionJudge:
         right = self.classify(pictures) == np.array([e.truth for e in examples])
         return right, {"class": float(right.mean())}
 
-    def by_kind(self, examples, pictures):
-        return {"class": self.draw(examples, pictures)[0]}
+    def failed(self, examples, pictures):
+        return [set() if ok else {"class"} for ok in self.draw(examples, pictures)[0]]
 
     def caption(self, examples, texts):
         return np.array([t == e.answer or t.split()[-1:] == e.answer.split()[-1:] for e, t in zip(examples, texts)])
@@ -295,7 +290,7 @@ def decode(vocab, codebook, task, batch, tokens):
 
 TEMPERATURES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 METRICS = {"understanding": ("vqa", "vqa_three", "retrieval_i2t_r1", "retrieval_t2i_r1", "caption", "caption_three"),
-           "generation": ("compose", "compose_heldout", "compose_unprompted", "clip_score", "frechet", "story", "diversity", "diversity_heldout"),
+           "generation": ("compose", "compose_heldout", "compose_pairs", "compose_unprompted", "clip_score", "frechet", "story", "diversity", "diversity_heldout"),
            "reasoning": ("visual", "multihop", "multihop_three"), "language": ("text_nll",)}  # fmt: skip
 
 

@@ -247,7 +247,7 @@ def grpo_loss(
     watched = {"ratio": ratio, "clip_low": ratio < 1 - clip_low, "clip_high": ratio > 1 + high}
     if kl is not None:
         watched["kl"] = kl
-    metrics = {name: reduce_tokens(x.detach(), mask) for name, x in watched.items()}
+    metrics = {name: reduce_tokens(x.detach().to(ratio.dtype), mask) for name, x in watched.items()}
     return reduce_tokens(per_token, mask, reduction, max_tokens), metrics
 
 

@@ -1,30 +1,29 @@
 """From hidden states to the GRPO loss without ever holding the logits of a whole batch.
 
-The last layer is the largest tensor of a language model by far, and almost nothing of it is needed: one log-prob per
-token going forward, one small outer product going back. So the output matrix, the softmax, the log-prob, the loss and
-the gradients of hidden state and output matrix are computed for a few thousand tokens at a time, and each chunk's
-logits are dropped before the next one is made.
+The logits are by far the largest tensor of a language model, and of each token's V logits the loss needs one log-prob.
+So logits, softmax, loss and gradients are computed for one chunk of tokens, and the chunk is dropped before the next.
+Invalid tokens, and ids that no token of the batch may choose, are left out of the matrix products altogether.
 
 For a chunk of m valid tokens, hidden H (m,C), output matrix W (V,C), chosen ids y (m,):
 (K1) Z = log_softmax(H W^T / temperature), ids outside [lo, hi) left out        (m,V), the only large tensor
 (K2) logprob_i = Z[i, y_i]
-(K3) g_i = dL / dlogprob_i, where L is grpo_loss: the objective stands in grpo.py, once
-(K4) D = softmax - onehot(y) = exp(Z), except D[i, y_i] = exp(logprob_i) - 1    so dlogprob/dlogits = -D / temperature
+(K3) g_i = dL / dlogprob_i, where L is grpo_loss: the objective stands once, in grpo.py
+(K4) D = softmax - onehot(y): exp(Z), except D[i, y_i] = exp(logprob_i) - 1     dlogprob/dlogits = -D / temperature
 (K5) dL/dH = s D W,  s_i = -g_i / temperature
 (K6) dL/dW = sum over chunks of D^T (s H)
 
-Memory at the size of an LLM (N=16, T=1024, C=4096, V=128256, bf16): 2.1e9 logits. Autograd's backward holds three
-float32 tensors of that size (log-softmax, its gradient, the logits' gradient): 12 bytes each, 25.2 GB. Here a chunk
-takes 4 + 4 + 2 bytes for each of 2.7e8 logits (2.7 GB), dL/dW and one chunk's share of it 2 * 4 V C (4.2 GB), dL/dH
-4 N T C (0.3 GB): 7.2 GB, and only the last two grow with N, T or C.
+Symbols: N sequences, T tokens, C width, V vocabulary; M valid tokens in the batch, m in a chunk.
 
-Symbols: N sequences, T tokens, C width, V vocabulary; M valid tokens of the batch, m of a chunk.
+Memory at the size of an LLM (N=16, T=1024, C=4096, V=128256, bf16), which has 2.1e9 logits: autograd's backward pass
+holds three float32 numbers for each (log-softmax, its gradient, the logits' gradient), 25.2 GB. Here a chunk of 2.7e8
+logits holds two (logits, log-softmax), 2.1 GB; dL/dW and one chunk's share of it are 2 * 4 V C = 4.2 GB, dL/dH
+4 N T C = 0.3 GB. Of these 6.6 GB only the last grows with the batch.
 
-A gradient needs no second pass over the logits, because (K3) of a token depends on that token alone. The exception is
-level="sequence", where the ratio needs the whole sequence: then a first pass computes the log-probs, if there is more
-than one chunk. Liger Kernel (arXiv:2410.10989) computes gradients in the forward pass in the same way.
+The gradients are computed in the forward pass, as in Liger Kernel (arXiv:2410.10989): (K3) of a token depends on that
+token alone, so its logits are needed once. With level="sequence" the ratio needs the whole sequence: if there is more
+than one chunk, a first pass computes the log-probs.
 
-    python kernels.py --device cpu|cuda      checks against a plain float64 path, then time and memory; CPU: 20 s
+    python kernels.py --device cpu|cuda    # errors against float64 autograd, then time and memory; on a CPU 15 s
 """
 
 import argparse
@@ -45,7 +44,7 @@ from torch.autograd.function import once_differentiable
 
 from grpo import at_least_float32, check_shape, group_advantages, grpo_loss
 
-CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**24}  # of float32 logits: large enough to keep a GPU busy, or to stay in cache
+CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**26}  # of float32 logits
 
 # ---------------------------------------------------------------- one chunk
 
@@ -76,18 +75,19 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 @functools.cache
 def compiled(function):
-    return torch.compile(function, dynamic=True)  # dynamic: the number of valid tokens differs from step to step
+    """One GPU kernel in place of one per operation; dynamic, since the number of valid tokens differs in every step."""
+    return torch.compile(function, dynamic=True)
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether to fuse the element-wise work: on CUDA, when Triton and a C compiler are there."""
-    has_compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None and bool(has_compiler)
+    """On CUDA, when Triton and the C compiler that Triton calls are there."""
+    has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None and has_compiler
 
 
 @dataclass
 class Choice:
-    """What was chosen at M positions, from which ids, and how the work is cut."""
+    """What was chosen at M positions, from which ids, and how it is computed."""
 
     tokens: Tensor  # (M,)
     lo: Tensor | None  # (M,), None: every id of the matrix
@@ -124,25 +124,28 @@ class Choice:
 
 
 class SelectedLogprobs(torch.autograd.Function):
-    """(M,C), (V,C) -> (M,) log-probs. The backward pass computes the logits anew."""
+    """(M,C), (V,C) -> (M,) log-probs. (K1) of a single chunk is kept for the backward pass, else computed anew."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, choice: Choice) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        ctx.choice = choice
-        cast = weight.to(choice.dtype)
-        return torch.cat([choice.logs(hidden, cast, part)[1] for part in choice.slices()])
+        ctx.choice, cast, logprobs = choice, weight.to(choice.dtype), []
+        for part in choice.slices():
+            logs, chosen = choice.logs(hidden, cast, part)
+            logprobs.append(chosen)
+        ctx.save_for_backward(hidden, weight, logs if len(logprobs) == 1 else None)
+        return torch.cat(logprobs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor):
-        (hidden, weight), choice = ctx.saved_tensors, ctx.choice
+        (hidden, weight, kept), choice = ctx.saved_tensors, ctx.choice
         cast = weight.to(choice.dtype)
         dhidden, dweight = torch.zeros_like(hidden, dtype=g.dtype), torch.zeros_like(weight, dtype=g.dtype)
-        used = g.nonzero().squeeze(1)  # a position the caller masked out has g = 0, and may hold nan
-        g, hidden, choice = g[used], hidden[used], choice.rows(used)
+        used = g.nonzero().squeeze(1)
+        if len(used) < len(g):  # a position that the caller masked out has g = 0, and may hold nan
+            g, hidden, choice, kept = g[used], hidden[used], choice.rows(used), None
         for part in choice.slices():
-            logs, _ = choice.logs(hidden, cast, part)
+            logs = choice.logs(hidden, cast, part)[0] if kept is None else kept
             dhidden[used[part]], share = choice.gradients(logs, hidden, cast, part, g[part])
             dweight += share
         return dhidden.to(hidden.dtype), dweight.to(weight.dtype), None
@@ -154,9 +157,8 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, choice: Choice, loss_of, whole_sequences: bool):
         cast, parts = weight.to(choice.dtype), choice.slices()
-        wide = torch.float64 if choice.dtype == torch.float64 else torch.float32
-        logprobs = cast.new_zeros(len(hidden), dtype=wide)
-        dhidden, dweight = torch.zeros_like(hidden, dtype=wide), torch.zeros_like(weight, dtype=wide)
+        dhidden, dweight = (torch.zeros_like(x, dtype=at_least_float32(cast[:0]).dtype) for x in (hidden, weight))
+        logprobs = dhidden.new_zeros(len(hidden))
         if whole_sequences and len(parts) > 1:
             for part in parts:
                 logprobs[part] = choice.logs(hidden, cast, part)[1]
@@ -224,15 +226,8 @@ def check_inputs(hidden: Tensor, weight: Tensor, tokens: Tensor, lo: Tensor | No
 
 
 def selected_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    temperature: float = 1.0,
-    lo: Tensor | None = None,
-    hi: Tensor | None = None,
-    *,
-    chunk_tokens: int | None = None,
-    compile: bool | None = None,
+    hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0, lo: Tensor | None = None,
+    hi: Tensor | None = None, *, chunk_tokens: int | None = None, compile: bool | None = None,
 ) -> Tensor:
     """Log-prob of each token, (N,T), at least float32; gradients for hidden (N,T,C) and weight (V,C).
 
@@ -254,32 +249,22 @@ def selected_logprobs(
 
 
 def fused_linear_grpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor | None,
-    advantages: Tensor | None,
-    mask: Tensor,
-    *,
-    rewards: Tensor | None = None,
-    scale: str = "group",
-    clip_low: float = 0.2,
-    clip_high: float | None = None,
-    kl_coef: float = 0.02,
-    reduction: str = "token",
-    level: str = "token",
-    max_tokens: int | None = None,
-    temperature: float = 1.0,
-    lo: Tensor | None = None,
-    hi: Tensor | None = None,
-    chunk_tokens: int | None = None,
-    compile: bool | None = None,
+    hidden: Tensor, weight: Tensor, tokens: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | None,
+    advantages: Tensor | None, mask: Tensor, *, rewards: Tensor | None = None, scale: str = "group",
+    clip_low: float = 0.2, clip_high: float | None = None, kl_coef: float = 0.02, reduction: str = "token",
+    level: str = "token", max_tokens: int | None = None, temperature: float = 1.0, lo: Tensor | None = None,
+    hi: Tensor | None = None, chunk_tokens: int | None = None, compile: bool | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """grpo_loss of selected_logprobs, with their arguments, in one pass; the same loss, metrics and gradients.
+    """Loss, metrics and gradients of grpo_loss(selected_logprobs(...), ...), with both their arguments, in one pass.
 
-    Give advantages (N,), or rewards (B,G) with N = B*G: then the advantages are group_advantages(rewards, scale).
-    Raises ValueError as these functions do, for both or neither, and for a valid token outside its range.
+    Give advantages (N,), or rewards (B,G) with N = B*G and None: then they are group_advantages(rewards, scale).
+    Raises ValueError as these functions do, for both or neither of the two, and for a valid token outside its range.
+
+    >>> hidden, weight, tokens = torch.zeros(2, 1, 3), torch.zeros(4, 3, requires_grad=True), torch.tensor([[1], [2]])
+    >>> old = torch.full((2, 1), 0.2).log()  # now 0.25: ratio 1.25, clipped to 1.2 where A = 1, kept where A = -1
+    >>> loss, _ = fused_linear_grpo_loss(hidden, weight, tokens, old, None, torch.tensor([1.0, -1.0]), old < 0)
+    >>> round(loss.item(), 4)  # (-1.2 + 1.25) / 2
+    0.025
     """
     check_inputs(hidden, weight, tokens, lo, hi)
     check_shape("mask", mask, tokens.shape, "the (N, T) of tokens")
@@ -289,15 +274,17 @@ def fused_linear_grpo_loss(
         if rewards.numel() != len(tokens):
             raise ValueError(f"rewards has shape {tuple(rewards.shape)}, expected (B, G) with B*G = {len(tokens)}")
         advantages = group_advantages(rewards, scale).flatten()
-    rows = (mask > 0).flatten().nonzero().squeeze(1)  # invalid positions are left out of everything that follows
+    rows = (mask > 0).flatten().nonzero().squeeze(1)
 
-    def valid_rows(x: Tensor | None) -> Tensor | None:
+    def valid_rows(x: Tensor | None) -> Tensor | None:  # no other row enters a product, where nan times 0 would be nan
         return None if x is None else x.flatten(0, 1).index_select(0, rows)
 
     def loss_of(logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         everywhere = logprobs.new_zeros(mask.numel()).index_copy(0, rows, logprobs).view(mask.shape)
-        options = dict(clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef, reduction=reduction, level=level)
-        return grpo_loss(everywhere, old_logprobs, ref_logprobs, advantages, mask, max_tokens=max_tokens, **options)
+        return grpo_loss(
+            everywhere, old_logprobs, ref_logprobs, advantages, mask, clip_low=clip_low, clip_high=clip_high,
+            kl_coef=kl_coef, reduction=reduction, level=level, max_tokens=max_tokens,
+        )
 
     hidden, ids, lo, hi = valid_rows(hidden), valid_rows(tokens).long(), valid_rows(lo), valid_rows(hi)
     weight, choice, legal = prepare(hidden, weight, ids, temperature, lo, hi, chunk_tokens, compile)
@@ -332,7 +319,7 @@ def loss_and_gradients(function, hidden, weight, *rest, **options) -> tuple[Tens
     return loss.detach(), hidden.grad, weight.grad
 
 
-def random_batch(rows, width, channels, size, dtype, device="cpu") -> tuple[list[Tensor], dict[str, Tensor]]:
+def random_batch(rows, width, channels, size, dtype, device="cpu", temperature=1.0, ranged=True) -> tuple[list, dict]:
     """The loss's arguments up to mask, and ranges, for V = size. Rows have random lengths, the last one has 0; invalid
     positions hold nan and an impossible id."""
     hidden = torch.randn(rows, width, channels, device=device).to(dtype)
@@ -344,9 +331,10 @@ def random_batch(rows, width, channels, size, dtype, device="cpu") -> tuple[list
     lengths[-1] = 0
     mask = torch.arange(width, device=device) < lengths
     hidden, tokens = torch.where(mask[..., None], hidden, torch.nan), torch.where(mask, tokens, -7)
-    old = selected_logprobs(hidden, weight, tokens, lo=lo, hi=hi)
-    old, ref = (old + 0.3 * torch.randn(rows, width, device=device) for _ in range(2))
-    return [hidden, weight, tokens, old, ref, torch.randn(rows, device=device), mask.float()], {"lo": lo, "hi": hi}
+    ranges = {"lo": lo, "hi": hi} if ranged else {}
+    new = selected_logprobs(hidden, weight, tokens, temperature, **ranges)
+    noise = 0.1 * torch.randint(-5, 5, (2, rows, width), device=device) + 0.05  # no ratio at a clip edge
+    return [hidden, weight, tokens, *(new + noise), torch.randn(rows, device=device), mask.float()], ranges
 
 
 def cleaned(inputs: list[Tensor]) -> list[Tensor]:
@@ -357,15 +345,16 @@ def cleaned(inputs: list[Tensor]) -> list[Tensor]:
 def largest_error(got, expected) -> float:
     """Of the loss, absolute; of the gradients, relative to the largest entry."""
     sizes = [1.0, expected[1].abs().max(), expected[2].abs().max()]
-    return max(float((a.double() - b).abs().max() / size) for a, b, size in zip(got, expected, sizes, strict=True))
+    errors = [(a.double() - b).abs().max() / size for a, b, size in zip(got, expected, sizes, strict=True)]
+    return torch.stack(errors).max().item()  # unlike Python's max, nan if any is
 
 
 def errors_of(dtype, device, reduction, level, with_ref, ranged, chunk) -> tuple[float, float]:
     """The largest errors of selected_logprobs and of the fused loss (given rewards) against autograd in float64."""
-    inputs, ranges = random_batch(8, 33, 64, 300, dtype, device)
+    inputs, ranges = random_batch(8, 33, 64, 300, dtype, device, 0.8, ranged)
     rewards = torch.randn(2, 4, device=device)
     inputs[4], inputs[5] = inputs[4] if with_ref else None, group_advantages(rewards).flatten()
-    options = dict(reduction=reduction, level=level, temperature=0.8, clip_high=0.3) | (ranges if ranged else {})
+    options = dict(reduction=reduction, level=level, temperature=0.8, clip_high=0.3, **ranges)
     exact = [x if x is None or x.dtype == torch.long else x.double() for x in cleaned(inputs)]
     expected = loss_and_gradients(functools.partial(composed_loss, plain_logprobs), *exact, **options)
     select = functools.partial(selected_logprobs, chunk_tokens=chunk)
@@ -382,7 +371,7 @@ def check(device: str) -> bool:
     passed = True
     for dtype, allowed in {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}.items():
         errors = [errors_of(dtype, device, *option) for option in itertools.product(*options)]
-        selected, fused = (max(column) for column in zip(*errors, strict=True))
+        selected, fused = torch.tensor(errors).amax(0).tolist()
         print(f"{str(dtype).removeprefix('torch.'):20}{selected:20.1e}{fused:14.1e}{allowed:12.0e}")
         passed = passed and selected < allowed and fused < allowed  # a nan is not
     return passed
@@ -418,10 +407,14 @@ def benchmark(device: str) -> None:
         inputs = cleaned(random_batch(rows, width, channels, size, dtype, device)[0])
         inputs[3:] = [torch.zeros_like(x) for x in inputs[3:5]] + [inputs[5], torch.ones_like(inputs[6])]
         for path, function in paths.items():
-            ms, peak = time_and_peak(functools.partial(loss_and_gradients, function, *inputs), device)
+            try:
+                ms, peak = time_and_peak(functools.partial(loss_and_gradients, function, *inputs), device)
+            except torch.cuda.OutOfMemoryError:
+                ms, peak = math.nan, math.inf
             held = 4 * rows * width * size if path == "plain" else min(CHUNK_BYTES[device], 4 * rows * width * size)
             memory = f"{peak:10.2f}" if device == "cuda" else "       n/a"
-            print(f"{name:10}{rows:4}{width:6}{channels:6}{size:8}  {path}{ms:10.1f}{memory}{held / 1e6:12.0f} (computed)")
+            shape = f"{name:10}{rows:4}{width:6}{channels:6}{size:8}"
+            print(f"{shape}  {path}{ms:10.1f}{memory}{held / 1e6:12.0f} (computed)")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,8 +7,8 @@ edits ("a red circle" against "a red square", "a blue circle", ...)? Answers are
   (R1) s(x, c) = 1/2 mean_w max_p <w, p> + 1/2 mean_p max_w <p, w>     similarity of picture x and text c: every word w
                   looks for its patch p and every patch for its word (late interaction, as in FILIP, arXiv 2111.07783)
   (R2) L = 1/2 CE(rows of a*s) + 1/2 CE(columns of a*s)                symmetric InfoNCE, a = exp(learned log-scale);
-                  equal captions are positives of each other; edited captions are further negatives of the rows
-                  (NegCLIP, arXiv 2210.01936)
+                  equal captions are positives of each other; each row has edits of its own caption as
+                  further negatives (NegCLIP, arXiv 2210.01936)
   (R3) r(x, c) = log [ exp(a s(x,c)) / sum_{c' in c + edits of c} exp(a s(x,c')) ]   the CLIP reward, in [FLOOR, 0]
   (R4) r = 1 if the answer is the key, else 0                          exact match
   (R5) agreement = share of (right, wrong) pairs in a group that the reward puts in order     validity, before RL
@@ -90,16 +90,17 @@ def text_ids(vocab, texts, device="cpu"):
 
 
 def clip_loss(clip, pictures, ids, edited):
-    """Symmetric InfoNCE of N pictures and their N captions; `edited` (N, W) are one false edit of each caption.
+    """Symmetric InfoNCE of N pictures and their N captions (N, W); `edited` (N, E, V) are false edits of each caption.
 
-    Returns the loss and the share of pictures whose own caption (or an equal one) scores highest among all 2N."""
-    n, width = len(ids), max(ids.shape[1], edited.shape[1])
-    texts = torch.cat([F.pad(t, (0, width - t.shape[1])) for t in (ids, edited)])
-    logits = clip.log_scale.exp() * clip.similarity(clip.image(pictures), clip.text(texts))  # (N, 2N)
-    same = (texts[:n, None] == texts[None]).all(-1)
-    log_share = lambda x, positive, dim: (x.masked_fill(~positive, -torch.inf).logsumexp(dim) - x.logsumexp(dim)).mean()  # noqa: E731
-    loss = -0.5 * log_share(logits, same, 1) - 0.5 * log_share(logits[:, :n], same[:, :n], 0)  # (R2)
-    return loss, same.gather(1, logits.argmax(1, keepdim=True)).float().mean()
+    Returns the loss and the share of pictures whose own caption (or an equal one) scores highest among all N and its E edits."""
+    image, scale = clip.image(pictures), clip.log_scale.exp()
+    logits = scale * clip.similarity(image, clip.text(ids))  # (N, N)
+    edits = scale * clip.similarity(image, clip.text(edited.flatten(0, 1)).unflatten(0, edited.shape[:2]), pairs="n")  # (N, E)
+    same = (ids[:, None] == ids[None]).all(-1)
+    right = logits.masked_fill(~same, -torch.inf)
+    rows, columns = torch.cat((logits, edits), 1).logsumexp(1), logits.logsumexp(0)
+    loss = 0.5 * (rows - right.logsumexp(1)).mean() + 0.5 * (columns - right.logsumexp(0)).mean()  # (R2)
+    return loss, (right.amax(1) >= torch.cat((logits, edits), 1).amax(1)).float().mean()
 
 
 @torch.no_grad()
@@ -178,15 +179,16 @@ class Rewards:
         return sum(self.weights.get(name, 0.0) * value for name, value in parts.items())
 
 
-def agreement(rewards, right):
-    """Does the reward rank the candidates of one prompt? rewards (B, G), right (B, G) bool -> the share of (right,
+def agreement(rewards, right, wrong):
+    """Does the reward rank the candidates of one prompt? rewards (B, G); right, wrong (B, G) bool -> the share of (right,
     wrong) pairs within groups with the higher reward on the right one, ties counting half; nan without such a pair.
-    0.5 is a coin. With two classes this is also the within-group rank correlation: rho = 2 * agreement - 1 (Somers' D).
+    0.5 is a coin. With two classes this is also the within-group rank correlation: Somers' D = 2 * agreement - 1.
 
-    >>> agreement(torch.tensor([[0.9, 0.2, 0.5]]), torch.tensor([[True, False, False]]))
+    >>> right = torch.tensor([[True, False, False]])
+    >>> agreement(torch.tensor([[0.9, 0.2, 0.5]]), right, ~right)
     1.0
     """
-    pair = right[:, :, None] & ~right[:, None, :]
+    pair = right[:, :, None] & wrong[:, None, :]
     difference = rewards[:, :, None] - rewards[:, None, :]
     ordered = (difference > 0).float() + 0.5 * (difference == 0)
     return float(ordered[pair].mean())  # (R5)

@@ -1,0 +1,424 @@
+"""The synthetic world, its words and its templates. The public data sets have tests/test_data_public.py."""
+
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+from data import COLORS, COUNTS, EOS, INVERSE, KINDS, MAX_TEXT, NOISE, PAD, SHAPES, SIZES, SPECIAL, Caption, Example, Mention, Object, World
+from eval import holds
+
+DIRECTIONS = {  # independent of data.related: from the cells, once more
+    "left of": lambda a, b: a.column - b.column == -1, "right of": lambda a, b: a.column - b.column == 1,
+    "above": lambda a, b: a.row - b.row == -1, "below": lambda a, b: a.row - b.row == 1}  # fmt: skip
+
+
+def scenes(n, pools=tuple(COUNTS), jitter=1, seed=0):
+    """n scenes of each pool."""
+    rng = random.Random(seed)
+    return [(pool, data.sample_scene(rng, pool, jitter)) for pool in pools for _ in range(n)]
+
+
+def named_pairs(text):
+    """Every pair of kinds that a text names with colour and shape."""
+    kinds = re.findall(rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})", text)
+    return data.pairs_of(dict.fromkeys(kinds))
+
+
+# ---------------------------------------------------------------- scenes and pictures
+
+
+def test_a_picture_is_its_objects_on_the_background_and_nothing_else():
+    picture = data.render([Object("red", "square", "small", 0, 1), Object("blue", "square", "big", 1, 0, 1, -1)])
+    expected = np.full((32, 32, 3), data.BACKGROUND, np.uint8)
+    expected[5:12, 21:28] = COLORS["red"]  # 7 pixels in the middle of the cell at rows 0-15, columns 16-31
+    expected[17:30, 3:16] = COLORS["blue"]  # 13 pixels in the cell at rows 16-31, columns 0-15, one to the right, one up
+    assert picture.dtype == np.uint8 and (picture == expected).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("width", SIZES.values())
+def test_an_outline_is_symmetric_and_touches_all_four_sides(shape, width):
+    mask = data.shape_mask(shape, width)
+    assert mask.shape == (width, width) and (mask == mask[:, ::-1]).all()
+    assert mask[0].any() and mask[-1].any() and mask[:, 0].any() and mask[:, -1].any()
+    assert mask.all() == (shape == "square")
+
+
+def test_every_object_stays_inside_its_own_cell():
+    for _, scene in scenes(300):
+        for o in scene:
+            there = (data.render([o]) != data.BACKGROUND).any(-1)
+            cell = there[o.row * 16 : o.row * 16 + 16, o.column * 16 : o.column * 16 + 16]
+            assert there.sum() == cell.sum() == data.shape_mask(o.shape, SIZES[o.size]).sum()
+
+
+def test_the_same_generator_gives_the_same_examples_and_another_gives_others():
+    world = World(jitter=1)
+
+    def some(seed):
+        rng = random.Random(seed)
+        return [world.example(rng, task, pool, NOISE) for task in world.tasks for pool in ("paired", "three") for _ in range(3)]
+
+    first, again, other = some(5), some(5), some(6)
+    for a, b in zip(first, again):
+        assert (a.picture == b.picture).all() and a._replace(picture=None) == b._replace(picture=None)
+    assert sum((a.picture == b.picture).all() for a, b in zip(first, other)) < len(first) / 2
+
+
+def test_relations_hold_one_way_only():
+    for _, scene in scenes(100, ("three",)):
+        for a in scene:
+            for b in scene:
+                for relation, inverse in INVERSE.items():
+                    assert data.related(a, relation, b) == DIRECTIONS[relation](a, b) == data.related(b, inverse, a)
+
+
+# ---------------------------------------------------------------- pools: what is held out stays out
+
+
+def test_the_two_sets_of_special_pairs_are_eight_each_and_disjoint():
+    assert len(data.HELDOUT_PAIRS) == len(data.PROMPT_PAIRS) == 8 and not data.HELDOUT_PAIRS & data.PROMPT_PAIRS
+    assert all(len(pair) == 2 and pair <= set(KINDS) for pair in data.HELDOUT_PAIRS | data.PROMPT_PAIRS)
+
+
+def test_pools_hold_the_object_counts_and_pairs_of_the_table():
+    counts = {pool: Counter() for pool in COUNTS}
+    for pool, scene in scenes(1000):
+        pairs = data.pairs_of(o.kind for o in scene)
+        counts[pool][len(scene)] += 1
+        assert len({o.kind for o in scene}) == len({(o.row, o.column) for o in scene}) == len(scene)
+        assert bool(pairs & data.HELDOUT_PAIRS) == (pool == "heldout")
+        if pool in ("paired", "prompted"):
+            assert bool(pairs & data.PROMPT_PAIRS) == (pool == "prompted")
+    assert {pool: set(c) for pool, c in counts.items()} == {"paired": {1, 2}, "prompted": {2}, "three": {3}, "heldout": {2, 3}}
+
+
+@pytest.mark.parametrize("pool", ["paired", "prompted", "three"])
+def test_no_text_outside_the_heldout_pool_names_a_heldout_pair(pool):
+    world, rng, named = World(), random.Random(1), set()
+    for i in range(2500):
+        e = world.example(rng, world.tasks[i % 5], pool, NOISE)
+        pairs = named_pairs(f"{e.prompt} {e.answer}")
+        if pool == "paired" and e.task != "text":  # plain text may tell of three objects
+            assert not pairs & data.PROMPT_PAIRS, e
+        named |= pairs
+        if e.task in ("draw", "caption"):
+            for text in world.negatives(rng, e.prompt + e.answer, 6):
+                named |= named_pairs(text)
+    assert len(named) > 40 and not named & data.HELDOUT_PAIRS
+
+
+def test_negatives_may_name_heldout_pairs_only_when_asked_to():
+    rng, world, named = random.Random(0), World(), set()
+    for _ in range(300):
+        for text in world.negatives(rng, world.example(rng, "draw").prompt, 12, held_out=False):
+            named |= named_pairs(text)
+    assert named & data.HELDOUT_PAIRS
+
+
+def test_reinforced_prompts_are_half_of_three_objects_and_never_held_out():
+    rng, world = random.Random(0), World()
+    for task in ("draw", "caption", "ask"):
+        pools = Counter(world.prompt_pool(rng, task) for _ in range(2000))
+        assert set(pools) == {"paired", "three"} | ({"prompted"} if task == "draw" else set())
+        assert abs(pools["three"] / 2000 - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("jitter", [0, 1])
+def test_every_patch_that_a_heldout_picture_needs_occurs_in_paired_pictures(jitter):
+    def patches(pools, n, size):
+        pictures = np.stack([data.render(scene) for _, scene in scenes(n, pools, jitter, seed=n)])
+        cut = pictures.reshape(len(pictures), 32 // size, size, 32 // size, size, 3).swapaxes(2, 3)
+        return {patch.tobytes() for patch in cut.reshape(-1, size, size, 3)}
+
+    for size in (4, 8):
+        known, needed = patches(("paired",), 3000, size), patches(("prompted", "three", "heldout"), 500, size)
+        assert len(needed) > 90 and needed <= known
+
+
+# ---------------------------------------------------------------- captions
+
+
+mentions = st.builds(Mention, st.sampled_from([None, *COLORS]), st.sampled_from([None, *SHAPES]), st.sampled_from([None, *SIZES]),
+                     st.sampled_from([None, (0, 0), (0, 1), (1, 0), (1, 1)]))  # fmt: skip
+captions = st.one_of(st.builds(Caption, st.lists(mentions, min_size=1, max_size=3).map(tuple), st.none()),
+                     st.builds(Caption, st.tuples(mentions, mentions), st.sampled_from([*INVERSE])))  # fmt: skip
+
+
+@given(captions)
+def test_parsing_undoes_writing(caption):
+    assert data.parse_caption(caption.text()) == caption
+
+
+@given(captions, st.integers(0, 40), st.sampled_from(["", "a", "red", "big", "circle", "and", "above", "at", "top", "?"]))
+def test_a_text_with_a_word_lost_or_swapped_is_no_caption_or_says_what_it_says(caption, i, word):
+    words = caption.text().split()
+    words[i % len(words)] = word
+    text = " ".join(filter(None, words))
+    found = data.parse_caption(text)
+    assert found is None or found.text() == text
+
+
+@pytest.mark.parametrize("text", [
+    "", "a", "red", "a red", "red circle", "a circle red", "a  red circle", "a red circle ", "a red circle and", "a red circle a blue square",
+    "a red circle at the left top", "a red big circle", "a red circle above a blue square and a red square", "a pink circle", "A red circle",
+    "a circle and a circle and a circle and a circle", "<eos>", "a red circle\n"])  # fmt: skip
+def test_other_texts_are_no_captions(text):
+    assert data.parse_caption(text) is None
+
+
+def test_captions_are_true_of_their_scene_and_every_edit_of_one_is_false():
+    rng, kinds = random.Random(0), Counter()
+    for _, scene in scenes(25):
+        caption = data.true_caption(rng, scene)
+        assert holds(scene, caption), caption.text()
+        for kind, edited in data.edits(caption):
+            kinds[kind] += 1
+            assert not holds(scene, edited), (kind, caption.text(), edited.text())
+    assert set(kinds) == {"color", "shape", "size", "position", "relation", "drop", "add"}
+
+
+@given(captions)
+def test_an_edit_is_another_caption_and_changes_what_its_kind_says(caption):
+    for kind, edited in data.edits(caption):
+        assert edited != caption and data.parse_caption(edited.text()) == edited
+        assert len(edited.mentions) - len(caption.mentions) == {"drop": -1, "add": 1}.get(kind, 0)
+        assert (edited.relation != caption.relation) == (kind == "relation" or (kind == "drop" and caption.relation is not None))
+        differences = sum(a != b for m, n in zip(caption.mentions, edited.mentions) for a, b in zip(m, n))
+        assert differences == (kind in ("color", "shape", "size", "position")) or kind == "drop"
+
+
+@given(captions, st.integers(1, 40))
+def test_any_caption_has_as_many_negatives_as_are_asked_for(caption, n):
+    negatives = World().negatives(random.Random(0), caption.text(), n)
+    assert len(negatives) == n and caption.text() not in negatives and all(map(data.parse_caption, negatives))
+
+
+def test_a_text_that_is_no_caption_has_no_negatives():
+    assert World().negatives(random.Random(0), "a red red circle", 3) == []
+
+
+def test_a_caption_names_colour_and_shape_of_every_object():
+    rng = random.Random(0)
+    for _, scene in scenes(100):
+        assert sorted(data.true_caption(rng, scene).kinds) == sorted(o.kind for o in scene)
+
+
+@pytest.mark.parametrize("only", NOISE)
+def test_each_noise_occurs_as_often_as_stated_and_changes_only_its_own_part(only):
+    rng, n, changed = random.Random(2), 0, 0
+    for _ in range(4000):
+        caption = data.true_caption(rng, data.sample_scene(rng, "paired", count=2))
+        noisy = data.noisy_caption(rng, caption, noise=dict.fromkeys(NOISE, 0.0) | {only: NOISE[only]})
+        if only in ("wrong", "omit") or caption.relation:
+            n, changed = n + 1, changed + (noisy != caption)
+        parts = [(a, b) for m, k in zip(caption.mentions, noisy.mentions) for a, b in zip(m, k) if a != b]
+        if only in ("unrelate", "reverse"):
+            assert not parts and noisy.relation in (caption.relation, None if only == "unrelate" else INVERSE.get(caption.relation))
+        else:
+            assert len(parts) <= 1 and noisy.relation == caption.relation and all((b is None) == (only == "omit") for _, b in parts)
+    below = 0.05 if only == "wrong" else 0.02  # a wrong word that would name a pair of another pool is taken back
+    assert NOISE[only] - below < changed / n < NOISE[only] + 0.02
+
+
+# ---------------------------------------------------------------- questions
+
+
+def worked_out(question, scene):
+    """The answer to a question of the grammar, worked out again from the scene by other means than data.py's."""
+    word = r"([\w-]+)"
+    if m := re.fullmatch(rf"is there a {word} {word} \?", question):
+        return "yes" if m.groups() in {(o.color, o.shape) for o in scene} else "no"
+    if m := re.fullmatch(rf"how many {word}s are there \?", question):
+        return ["zero", "one", "two", "three"][len(scene) if m[1] == "shape" else Counter(o.shape for o in scene)[m[1]]]
+    by_kind = {(o.color, o.shape): o for o in scene}
+    if m := re.fullmatch(rf"what color is the {word} \?", question):
+        (answer,) = [o.color for o in scene if o.shape == m[1]]  # the only one, or the question has no answer
+        return answer
+    if m := re.fullmatch(rf"is the {word} {word} ({'|'.join(INVERSE)}) the {word} {word} \?", question):
+        return "yes" if DIRECTIONS[m[3]](by_kind[m[1], m[2]], by_kind[m[4], m[5]]) else "no"
+    if m := re.fullmatch(rf"what size is the {word} {word} \?", question):
+        return by_kind[m[1], m[2]].size
+    if m := re.fullmatch(rf"where is the {word} {word} \?", question):
+        o = by_kind[m[1], m[2]]
+        return ("bottom" if o.row else "top") + ("-right" if o.column else "-left")
+    raise AssertionError(f"not a question of the grammar: {question}")
+
+
+def test_answers_are_right():
+    rng, answers = random.Random(0), Counter()
+    for _, scene in scenes(500):
+        asked, answer = data.question(rng, scene)
+        assert answer == worked_out(asked, scene), (asked, scene)
+        answers[answer] += 1
+    assert set(answers) == {"yes", "no", "one", "two", "three", "zero", *COLORS, *SIZES, "top-left", "top-right", "bottom-left", "bottom-right"}
+
+
+def test_two_hop_questions_have_one_answer_and_steps_that_lead_to_it():
+    rng, asked_for = random.Random(0), Counter()
+    for _, scene in scenes(400, ("prompted", "three", "heldout")):
+        asked, steps, answer = data.multihop_question(rng, scene)
+        what, noun, relation, color, shape = re.fullmatch(rf"what (\w+) is the (\w+) ({'|'.join(INVERSE)}) the (\w+) (\w+) \?", asked).groups()
+        (anchor,) = [o for o in scene if (o.color, o.shape) == (color, shape)]
+        (target,) = [o for o in scene if DIRECTIONS[relation](o, anchor)]
+        row, column = ("top", "bottom")[anchor.row], ("left", "right")[anchor.column]
+        assert answer == {"color": target.color, "shape": target.shape, "size": target.size}[what] and noun != what
+        assert steps == f"{color} {shape} : {row} {column} . {relation} it : {target.size} {target.color} {target.shape}"
+        asked_for[what, relation] += 1
+    assert len(asked_for) == 12
+
+
+# ---------------------------------------------------------------- words
+
+
+def test_every_word_of_the_grammar_is_known(vocab):
+    world, rng = World(), random.Random(7)
+    for i in range(2000):
+        e = world.example(rng, world.tasks[i % 5], tuple(COUNTS)[i % 4], NOISE)
+        vocab.encode(f"{e.prompt} {e.answer}")
+    vocab.encode("zero one two three yes no thing shape shapes top-left top-right bottom-left bottom-right ? : . it")
+
+
+def test_text_comes_back_from_its_tokens(vocab):
+    @given(st.lists(st.sampled_from(sorted(vocab.words - {"<pad>", "<eos>"})), max_size=12).map(" ".join))
+    def comes_back(text):
+        assert vocab.decode(vocab.encode(text)) == text
+
+    comes_back()
+
+
+def test_decoding_stops_at_the_first_eos_and_leaves_out_padding_and_codes(vocab):
+    red, circle = vocab.encode("red"), vocab.encode("circle")
+    assert vocab.decode([PAD, *red, vocab.n_text + 3, *circle, EOS, *red]) == "red circle"
+    assert vocab.decode([]) == vocab.decode([EOS, *red]) == ""
+
+
+def test_an_unknown_word_is_named_and_the_known_ones_listed(vocab):
+    with pytest.raises(ValueError, match=r"unknown word\(s\) 'crimson', 'hexagon'; this model knows: .*circle") as error:
+        vocab.encode("a crimson hexagon above a red circle")
+    assert "\n" not in str(error.value)
+
+
+def test_special_tokens_have_the_first_ids_and_cannot_be_part_of_words(vocab):
+    assert [vocab.encode(s) for s in SPECIAL] == [[i] for i in range(len(SPECIAL))]
+    assert min(min(vocab.encode(w)) for w in vocab.words - set(SPECIAL)) >= len(SPECIAL)
+    assert vocab.size == vocab.n_text + vocab.n_codes
+
+
+def test_a_saved_vocabulary_loads_as_the_same(vocab, tmp_path):
+    vocab.save(tmp_path)
+    loaded = data.Vocabulary.load(tmp_path, vocab.n_codes, vocab.n_patches)
+    text = "what size is the thing left of the red circle ?"
+    assert loaded.encode(text) == vocab.encode(text) and loaded.words == vocab.words and loaded.size == vocab.size
+
+
+# ---------------------------------------------------------------- templates
+
+
+CODES = torch.arange(16)[None] * 2  # one picture: codes 0, 2, 4, ... 30
+
+
+def template(vocab, task, prompt="", answer=""):
+    """The rows of a one-example Batch as lists."""
+    batch = vocab.batch([Example(task, None, prompt, answer)], CODES)
+    return batch, *(x[0].tolist() for x in batch)
+
+
+def test_drawing_gives_the_words_and_chooses_one_code_a_patch(vocab):
+    batch, tokens, target, lo, hi, patch = template(vocab, "draw", "a red circle")
+    given = [1, SPECIAL.index("<draw>"), *vocab.encode("a red circle"), SPECIAL.index("<image>")]
+    n = len(given)
+    assert tokens == given + [-1] * 16 and target == given + [vocab.n_text + 2 * i for i in range(16)]
+    assert patch == [-1] * n + list(range(16))
+    assert lo[n:] == [vocab.n_text] * 16 and hi[n:] == [vocab.size] * 16
+    assert batch.mask[0].tolist() == [False] * n + [True] * 16
+
+
+@pytest.mark.parametrize("task, prompt, answer", [
+    ("caption", "", "a red circle"), ("ask", "what color is the circle ?", "red"),
+    ("reason", "what color is the shape above the red circle ?", "<think> red circle : top left . above it : big blue square </think> blue")])  # fmt: skip
+def test_answering_gives_the_picture_and_chooses_words_up_to_eos(vocab, task, prompt, answer):
+    batch, tokens, target, lo, hi, patch = template(vocab, task, prompt, answer)
+    codes = [vocab.n_text + 2 * i for i in range(16)]
+    given = [1, SPECIAL.index(f"<{task}>"), SPECIAL.index("<image>"), *codes, *vocab.encode(prompt), SPECIAL.index("<answer>")]
+    words, n = vocab.encode(answer) + [EOS], len(given)
+    assert tokens == given + [-1] * MAX_TEXT[task]
+    assert target == given + words + [PAD] * (MAX_TEXT[task] - len(words))
+    assert patch == [-1] * 3 + list(range(16)) + [-1] * (len(tokens) - 19)
+    assert set(lo[n:]) == {EOS} and set(hi[n:]) == {vocab.n_text}  # <eos>, the marks of thought, and words; no code
+    assert batch.mask[0].tolist() == [False] * n + [True] * len(words) + [False] * (MAX_TEXT[task] - len(words))
+
+
+def test_plain_text_gives_nothing_but_its_name(vocab):
+    batch, tokens, target, *_, patch = template(vocab, "text", "", "a red circle")
+    assert tokens == [1, SPECIAL.index("<text>")] + [-1] * MAX_TEXT["text"] and set(patch) == {-1}
+    assert target[2:] == vocab.encode("a red circle") + [EOS] + [PAD] * (MAX_TEXT["text"] - 4)
+
+
+def test_a_mixed_batch_holds_each_template_and_padding_that_is_neither_chosen_nor_scored(vocab):
+    examples = [Example("draw", None, "a circle", ""), Example("ask", None, "is there a red circle ?", "no"), Example("text", None, "", "a circle")]
+    batch = vocab.batch(examples, CODES.expand(3, -1))
+    for i, e in enumerate(examples):
+        alone = vocab.batch([e], CODES)
+        n = alone.tokens.shape[1]
+        for name, fill in {"tokens": PAD, "target": PAD, "patch": -1}.items():
+            row = getattr(batch, name)[i]
+            assert (row[:n] == getattr(alone, name)[0]).all() and (row[n:] == fill).all()
+        assert (batch.mask[i, :n] == alone.mask[0]).all() and not batch.mask[i, n:].any()
+    assert batch.mask.sum(1).tolist() == [16, 2, 3]
+    chosen = batch.target[batch.mask]
+    assert (chosen >= batch.lo[batch.mask]).all() and (chosen < batch.hi[batch.mask]).all()
+
+
+def test_trimming_cuts_only_columns_without_a_reference(vocab):
+    batch = vocab.batch([Example("text", None, "", "a circle"), Example("text", None, "", "a big circle")], CODES.expand(2, -1))
+    trimmed = batch.trim()
+    assert trimmed.target.shape == (2, 2 + 4) and trimmed.mask.sum() == batch.mask.sum()  # <bos> <text> a big circle <eos>
+    assert all((short == long[:, :6]).all() for short, long in zip(trimmed, batch))
+
+
+def test_repeating_puts_the_candidates_of_one_prompt_next_to_each_other(vocab):
+    batch = vocab.batch([Example("text", None, "", "a circle"), Example("draw", None, "a circle", "")], CODES.expand(2, -1))
+    assert (batch.repeat(3).tokens == batch.tokens[[0, 0, 0, 1, 1, 1]]).all()
+
+
+def test_a_text_longer_than_its_span_is_an_error_that_shows_it(vocab):
+    with pytest.raises(ValueError, match=r"the ask text has 5 tokens, more than 3: 'a big red circle'"):
+        template(vocab, "ask", "where is the red circle ?", "a big red circle")
+
+
+def test_every_text_of_the_world_fits_its_span(vocab):
+    world, rng = World(), random.Random(3)
+    examples = [world.example(rng, task, pool, NOISE) for task in world.tasks for pool in COUNTS if (task, pool) != ("reason", "paired") for _ in range(100)]
+    vocab.batch(examples, CODES.expand(len(examples), -1))
+
+
+# ---------------------------------------------------------------- sources
+
+
+def test_an_unpaired_task_draws_its_scene_from_the_pool_that_is_named():
+    world, rng = World(), random.Random(0)
+    for pool, sizes in {"paired": {1, 2}, "three": {3}}.items():
+        assert {len(world.example(rng, "ask", pool).truth) for _ in range(50)} == sizes
+    assert {len(world.example(rng, "reason").truth) for _ in range(50)} == {2}  # a question with two hops needs two objects
+
+
+def test_a_wish_for_no_noise_is_granted():
+    world, rng = World(), random.Random(0)
+    for i in range(300):
+        e = world.example(rng, ("draw", "caption")[i % 2], tuple(COUNTS)[i % 4])
+        assert e.prompt + e.answer == e.truth[1].text() and holds(*e.truth) and (e.picture == data.render(e.truth[0])).all()
+
+
+def test_sources_are_made_in_the_order_of_their_names(tmp_path):
+    (world,) = data.make_sources("synthetic", tmp_path, jitter=1)
+    assert world.name == "synthetic" and world.jitter == 1
+    with pytest.raises(ValueError, match="fashion_mnist"):
+        data.make_sources("synthetic,fashion_mnist", tmp_path)

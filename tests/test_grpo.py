@@ -1,0 +1,325 @@
+"""grpo.py: advantages, the per-token objective, the reductions."""
+
+import ast
+import doctest
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo
+from grpo import combine_rewards, group_advantages, grpo_loss, kl_k3, pairwise_advantages, reduce_tokens
+
+F64 = torch.float64
+MODES = ["sum_then_normalize", "normalize_then_sum"]
+LEVELS, REDUCTIONS = ["token", "sequence"], ["token", "sequence", "constant"]
+
+
+def random_inputs(seed=0, n=6, t=5, dtype=F64):
+    """log-probs, old, ref, advantages and a ragged mask whose last row is empty."""
+    g = torch.Generator().manual_seed(seed)
+    new, old, ref = (-0.1 - torch.rand(n, t, generator=g, dtype=dtype) for _ in range(3))
+    lengths = torch.randint(1, t + 1, (n, 1), generator=g)
+    lengths[-1] = 0
+    return new, old, ref, torch.randn(n, generator=g, dtype=dtype), torch.arange(t) < lengths
+
+
+def one_token(ratio, advantage, **options):
+    """Loss and its gradient for the log-prob, of a single token with this ratio."""
+    new = torch.tensor([[ratio]], dtype=F64).log().requires_grad_()
+    loss, metrics = grpo_loss(new, torch.zeros(1, 1, dtype=F64), None, torch.tensor([advantage]), new > -9, **options)
+    loss.backward()
+    return loss.item(), new.grad.item(), metrics
+
+
+def loop_loss(new, old, ref, advantages, mask, low, high, kl_coef, reduction, level, max_tokens):
+    """The same objective in plain Python, from the equations."""
+    sums, lengths = [], []
+    for n in range(len(new)):
+        steps = [t for t in range(new.shape[1]) if mask[n, t] > 0]
+        log_ratio = [(new[n, t] - old[n, t]).item() for t in steps]
+        if level == "sequence" and steps:
+            log_ratio = [sum(log_ratio) / len(steps)] * len(steps)
+        total = 0.0
+        for t, x in zip(steps, log_ratio, strict=True):
+            ratio, a, d = torch.tensor(x, dtype=F64).exp().item(), advantages[n].item(), (ref[n, t] - new[n, t]).item()
+            total += -min(ratio * a, min(max(ratio, 1 - low), 1 + high) * a)
+            total += kl_coef * (torch.tensor(d, dtype=F64).exp().item() - d - 1)
+        sums.append(total)
+        lengths.append(len(steps))
+    if reduction == "token":
+        return sum(sums) / sum(lengths)
+    if reduction == "sequence":
+        return sum(s / max(k, 1) for s, k in zip(sums, lengths, strict=True)) / len(sums)
+    return sum(sums) / (len(sums) * (max_tokens or new.shape[1]))
+
+
+# ---------------------------------------------------------------- advantages
+
+
+def test_std_is_the_sample_std():
+    rewards = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    assert group_advantages(rewards, eps=0.0)[0, 0].item() == pytest.approx(0.5 / (1 / 3) ** 0.5)  # not 1.00
+
+
+def test_scale_chooses_what_divides():
+    rewards = torch.tensor([[0.0, 2.0], [0.0, 20.0]], dtype=F64)
+    centred = torch.tensor([[-1.0, 1.0], [-10.0, 10.0]], dtype=F64)
+    assert torch.equal(group_advantages(rewards, "none"), centred)
+    torch.testing.assert_close(group_advantages(rewards, "batch"), centred / (rewards.std() + 1e-4))
+    torch.testing.assert_close(group_advantages(rewards), centred / (rewards.std(1, keepdim=True) + 1e-4))
+
+
+@pytest.mark.parametrize("value", [0.1, 1e8, -3.7])
+def test_equal_rewards_give_advantage_exactly_zero(value):
+    rewards = torch.full((2, 7), value)  # the mean of seven times 0.1 is not 0.1 in float32
+    for scale in ("group", "batch", "none"):
+        assert (group_advantages(rewards, scale) == 0).all()
+    assert (pairwise_advantages(rewards) == 0).all()
+    for mode in MODES:
+        mixed = torch.cat([rewards, torch.arange(7.0)[None]])
+        assert (combine_rewards({"a": mixed, "b": mixed}, {"a": 1.0, "b": 0.3}, mode)[:2] == 0).all()
+
+
+def test_advantages_keep_float64_and_carry_no_gradient():
+    rewards = torch.rand(2, 4, dtype=F64, requires_grad=True)
+    combined = [combine_rewards({"a": rewards}, {"a": 1.0}, mode) for mode in MODES]
+    for result in (group_advantages(rewards), pairwise_advantages(rewards), *combined):
+        assert result.dtype == F64 and not result.requires_grad
+    assert group_advantages(torch.tensor([[True, False]])).dtype == torch.float32
+    assert group_advantages(torch.rand(2, 4).bfloat16()).dtype == torch.float32
+
+
+def test_pairwise_advantage_is_the_mean_preference_over_the_others():
+    rewards = torch.randn(3, 5, dtype=F64, generator=torch.Generator().manual_seed(1))
+    got = pairwise_advantages(rewards, temperature=0.7)
+    for b, i in itertools.product(range(3), range(5)):
+        wins = [torch.sigmoid((rewards[b, i] - rewards[b, j]) / 0.7) for j in range(5) if j != i]
+        torch.testing.assert_close(got[b, i], 2 * torch.stack(wins).mean() - 1)
+    torch.testing.assert_close(got.sum(1), torch.zeros(3, dtype=F64))
+
+
+def test_normalize_then_sum_ignores_the_unit_of_a_reward_and_sum_then_normalize_does_not():
+    g = torch.Generator().manual_seed(2)
+    a, b = torch.rand(3, 4, generator=g, dtype=F64), torch.rand(3, 4, generator=g, dtype=F64)
+    weights = {"a": 1.0, "b": 2.0}
+    for mode, same in (("normalize_then_sum", True), ("sum_then_normalize", False)):
+        result = [combine_rewards({"a": a * unit, "b": b}, weights, mode, eps=1e-12) for unit in (1, 1000)]
+        assert torch.allclose(*result) == same
+    z = [(x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-4) for x in (a, b)]
+    total = z[0] + 2 * z[1]
+    whitened = (total - total.mean()) / (total.std() + 1e-4)
+    torch.testing.assert_close(combine_rewards({"a": a, "b": b}, weights, "normalize_then_sum"), whitened)
+    torch.testing.assert_close(combine_rewards({"a": a, "b": b}, weights), group_advantages(a + 2 * b))
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def test_equal_rewards_give_zero_policy_gradient():
+    new, old, ref, _, mask = random_inputs()
+    advantages = group_advantages(torch.full((2, 3), 0.7, dtype=F64)).flatten()
+    gradients = []
+    for kl_coef in (0.0, 0.02):
+        leaf = new.clone().requires_grad_()
+        grpo_loss(leaf, old, ref, advantages, mask, kl_coef=kl_coef)[0].backward()
+        gradients.append(leaf.grad)
+    assert (gradients[0] == 0).all() and (gradients[1][mask] != 0).all()  # the KL still pulls
+
+
+# clip_low = 0.2, clip_high = 0.4: the loss is -min(ratio A, clip(ratio) A), its gradient for the log-prob -ratio A or 0
+CORNERS = [  # ratio, A, loss, gradient
+    (1.5, 1.0, -1.4, 0.0),  # better and already much more likely: clipped
+    (1.5, -1.0, 1.5, 1.5),  # worse, yet much more likely: the full push back
+    (0.5, 1.0, -0.5, -0.5),  # better, yet much less likely: the full pull
+    (0.5, -1.0, 0.8, 0.0),  # worse and already much less likely: clipped
+    (1.3, 1.0, -1.3, -1.3),  # inside the range, above 1 + clip_low
+    (1.0, 2.0, -2.0, -2.0),  # on-policy
+]
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, gradient", CORNERS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_clip_four_corners(ratio, advantage, loss, gradient, level):
+    got = one_token(ratio, advantage, clip_low=0.2, clip_high=0.4, level=level)
+    assert got[:2] == pytest.approx((loss, gradient))
+
+
+def test_clip_high_defaults_to_clip_low():
+    assert one_token(1.5, 1.0, clip_low=0.3)[0] == pytest.approx(-1.3)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("max_tokens", [None, 9])
+def test_loss_equals_a_loop_over_tokens(reduction, level, max_tokens):
+    inputs = random_inputs(seed=3)
+    expected = loop_loss(*inputs, 0.1, 0.25, 0.3, reduction, level, max_tokens)
+    options = dict(clip_low=0.1, clip_high=0.25, kl_coef=0.3, reduction=reduction, level=level, max_tokens=max_tokens)
+    assert grpo_loss(*inputs, **options)[0].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_reductions_by_hand():
+    x = torch.tensor([[1.0, 2.0, 3.0], [5.0, 9.0, torch.nan], [9.0, 9.0, torch.inf]])
+    mask = torch.tensor([[2, 1, 0.5], [1, -1, 0], [0, 0, 0]])  # any dtype: > 0 is valid, and the empty row counts in N
+    expected = {"token": 11 / 4, "sequence": (2 + 5 + 0) / 3, "constant": 11 / 9}
+    for reduction, value in expected.items():
+        assert reduce_tokens(x, mask, reduction).item() == pytest.approx(value)
+    assert reduce_tokens(x, mask, "constant", max_tokens=10).item() == pytest.approx(11 / 30)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_gradcheck(level):
+    new, old, ref, advantages, mask = random_inputs(seed=4, n=4, t=3)
+    for reduction in REDUCTIONS:
+        def loss(x, reduction=reduction):
+            return grpo_loss(x, old, ref, advantages, mask, reduction=reduction, level=level, kl_coef=0.1)[0]
+        assert torch.autograd.gradcheck(loss, new.clone().requires_grad_())
+
+
+def test_only_the_new_logprobs_get_a_gradient():
+    new, old, ref, advantages, mask = random_inputs()
+    leaves = [x.clone().requires_grad_() for x in (new, old, ref, advantages)]
+    grpo_loss(*leaves, mask)[0].backward()
+    assert leaves[0].grad.abs().sum() > 0 and all(x.grad is None for x in leaves[1:])
+
+
+def test_k3_on_policy_gradient_is_that_of_the_reverse_kl():
+    """Expectation over a categorical of three, worked out exactly: what k3 descends is KL(ref||policy)."""
+    theta = torch.tensor([0.3, -0.5, 1.0], dtype=F64, requires_grad=True)
+    p, log_q = theta.softmax(0), torch.tensor([0.2, 0.5, 0.3], dtype=F64).log()
+
+    def gradient(value):
+        return torch.autograd.grad(value, theta, retain_graph=True)[0]
+
+    k3 = kl_k3(p.log(), log_q)
+    sampled = gradient((p.detach() * k3).sum())  # tokens are drawn, not differentiated
+    torch.testing.assert_close((p * k3).sum(), (p * (p.log() - log_q)).sum())  # unbiased as an estimate
+    torch.testing.assert_close(sampled, gradient((log_q.exp() * (log_q - p.log())).sum()))
+    assert (sampled - gradient((p * (p.log() - log_q)).sum())).abs().max() > 0.01
+
+
+def test_k3_is_never_negative_and_keeps_its_precision_near_zero():
+    new = torch.tensor([-1.0, -1.0, -1.0])
+    ref = new + torch.tensor([0.0, 1e-3, -1e-3])
+    exact = torch.expm1((ref - new).double()) - (ref - new).double()
+    torch.testing.assert_close(kl_k3(new, ref), exact.float(), rtol=1e-3, atol=0)  # exp(d) - d - 1 would be 10% off
+    assert (kl_k3(new, ref) >= 0).all()
+
+
+def test_sequence_level_has_one_ratio_per_sequence():
+    new = torch.tensor([[0.3, 0.1, 7.0]], dtype=F64, requires_grad=True)
+    mask = torch.tensor([[1, 1, 0]])
+    old, options = torch.zeros(1, 3, dtype=F64), dict(level="sequence", clip_low=0.5)
+    loss, metrics = grpo_loss(new, old, None, torch.tensor([1.0]), mask, **options)
+    assert loss.item() == pytest.approx(-torch.tensor(0.2, dtype=F64).exp().item())
+    assert metrics["ratio"].item() == pytest.approx(-loss.item())
+    loss.backward()
+    assert new.grad[0, 0] == new.grad[0, 1] != 0 and new.grad[0, 2] == 0
+    per_token = kl_k3(new.detach(), old)[0, :2].mean()  # the KL stays per token
+    assert grpo_loss(new, old, old, torch.tensor([1.0]), mask, **options)[1]["kl"] == per_token
+
+
+@pytest.mark.parametrize("level, reduction", [*itertools.product(LEVELS, REDUCTIONS)])
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_invalid_positions_holding_nan_move_nothing(level, reduction, junk):
+    for seed in range(3):
+        clean = random_inputs(seed)
+        mask = clean[-1]
+        dirty = [torch.where(mask, x, junk) for x in clean[:3]] + [torch.where(mask.any(1), clean[3], junk), mask]
+        results = []
+        for new, *rest in (clean, dirty):
+            leaf = new.clone().requires_grad_()
+            loss, metrics = grpo_loss(leaf, *rest, level=level, reduction=reduction)
+            loss.backward()
+            results.append([loss, leaf.grad, *(metrics[name] for name in sorted(metrics))])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b) and a.isfinite().all()
+        assert (results[1][1][~mask] == 0).all()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_batch_without_valid_tokens_gives_a_finite_zero(reduction):
+    new = torch.full((3, 4), float("nan"), requires_grad=True)
+    loss, metrics = grpo_loss(new, new, new, torch.full((3,), float("nan")), torch.zeros(3, 4), reduction=reduction)
+    loss.backward()
+    assert loss == 0 and all(value == 0 for value in metrics.values()) and (new.grad == 0).all()
+
+
+def test_first_step_after_sampling_has_ratio_one_and_loss_zero_but_a_gradient():
+    new = random_inputs()[0][:4].requires_grad_()
+    advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]], dtype=F64)).flatten()
+    loss, metrics = grpo_loss(new, new, new, advantages, torch.ones(4, 5))
+    loss.backward()
+    assert metrics["ratio"] == 1 and metrics["kl"] == 0 and abs(loss.item()) < 1e-12
+    torch.testing.assert_close(new.grad, -advantages[:, None].expand(4, 5) / 20)  # REINFORCE with a baseline
+
+
+def test_metrics_are_masked_token_means():
+    ratio = torch.tensor([[0.5, 1.0, 1.5], [1.3, 9.0, 9.0]], dtype=F64)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    old, ref = torch.zeros(2, 3, dtype=F64), torch.ones(2, 3, dtype=F64)
+    new, rest = ratio.log().requires_grad_(), (torch.ones(2), mask)
+    options = dict(clip_low=0.2, clip_high=0.4, kl_coef=0)
+    assert set(grpo_loss(new, old, None, *rest, **options)[1]) == {"ratio", "clip_low", "clip_high"}
+    metrics = grpo_loss(new, old, ref, *rest, **options)[1]
+    kl = (kl_k3(new, ref) * mask).sum().item() / 4
+    expected = {"ratio": 4.3 / 4, "clip_low": 0.25, "clip_high": 0.25, "kl": kl}
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected)
+    assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
+
+
+def test_float64_is_kept_and_low_precision_is_computed_in_float32():
+    for dtype, expected in ((F64, F64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+        *inputs, mask = random_inputs(dtype=F64)
+        loss, metrics = grpo_loss(*(x.to(dtype) for x in inputs), mask)
+        assert {loss.dtype, *(value.dtype for value in metrics.values())} == {expected}
+
+
+# ---------------------------------------------------------------- errors, documentation
+
+GOOD = (torch.zeros(2, 3), torch.zeros(2, 3), None, torch.zeros(2), torch.ones(2, 3))
+WRONG = {  # call -> what its message must name
+    "scale": (lambda: group_advantages(torch.zeros(2, 2), "std"), ["'std'", "'group'", "'batch'", "'none'"]),
+    "one candidate": (lambda: group_advantages(torch.zeros(4, 1)), ["(4, 1)", "G >= 2"]),
+    "one candidate, pairs": (lambda: pairwise_advantages(torch.zeros(4, 1)), ["(4, 1)", "G >= 2"]),
+    "flat rewards": (lambda: group_advantages(torch.zeros(4)), ["(4,)", "(B, G)"]),
+    "nan reward": (lambda: group_advantages(torch.tensor([[0.0, float("nan")]])), ["1 of 2", "not finite"]),
+    "infinite": (lambda: combine_rewards({"a": torch.tensor([[0.0, float("inf")]])}, {"a": 1.0}), ["'a'", "1 of 2"]),
+    "temperature": (lambda: pairwise_advantages(torch.zeros(2, 2), 0.0), ["temperature=0.0", "> 0"]),
+    "mode": (lambda: combine_rewards({"a": torch.zeros(2, 2)}, {"a": 1.0}, "sum"), ["'sum'", "'normalize_then_sum'"]),
+    "names": (lambda: combine_rewards({"a": torch.zeros(2, 2)}, {"b": 1.0}), ["['a']", "['b']"]),
+    "reward shapes": (
+        lambda: combine_rewards({"a": torch.zeros(2, 2), "b": torch.zeros(2, 3)}, {"a": 1.0, "b": 1.0}),
+        ["'b'", "(2, 2)", "(2, 3)"],
+    ),
+    "reduction": (lambda: grpo_loss(*GOOD, reduction="mean"), ["'mean'", "'token'", "'sequence'", "'constant'"]),
+    "level": (lambda: grpo_loss(*GOOD, level="word"), ["'word'", "'token'", "'sequence'"]),
+    "max_tokens": (lambda: grpo_loss(*GOOD, reduction="constant", max_tokens=0), ["max_tokens=0"]),
+    "mask shape": (lambda: grpo_loss(*GOOD[:4], torch.ones(2, 4)), ["mask", "(2, 3)", "(2, 4)"]),
+    "advantages shape": (lambda: grpo_loss(*GOOD[:3], torch.zeros(2, 3), GOOD[4]), ["advantages", "(2, 3)", "(2,)"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_argument_is_named_with_what_is_legal(name):
+    call, words = WRONG[name]
+    with pytest.raises(ValueError) as error:
+        call()
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("name", ["grpo", "kernels"])
+def test_every_equation_has_a_line_and_every_tag_an_equation(name):
+    source = (Path(grpo.__file__).parent / f"{name}.py").read_text()
+    equations = re.findall(r"^\(([GK]\d+)\) ", ast.get_docstring(ast.parse(source)), re.M)
+    lines = re.findall(r"\S.*  # \(([GK]\d+)\)$", source, re.M)
+    assert len(equations) >= 6 and sorted(set(equations)) == sorted(equations)
+    assert set(equations) == set(lines)
+
+
+def test_doctests():
+    failed, attempted = doctest.testmod(grpo)
+    assert failed == 0 and attempted >= 12

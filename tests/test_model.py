@@ -1,0 +1,288 @@
+"""The codebook, the transformer and the sampler."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from data import EOS, IMAGE, PAD, Batch, World, render, sample_scene
+from model import Codebook, ModelConfig, Transformer, completion_mask, pick_device, rotate, sample
+
+TASKS = World.tasks
+
+
+def lively(vocab, codebook, width=32, layers=2, heads=4, seed=0):
+    """A model whose every weight is random: as it is initialised all layers are identities, and much would hold trivially."""
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(vocab.size, codebook.side, width, layers, heads))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3) if p.dim() == 2 else torch.nn.init.uniform_(p, 0.5, 1.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(vocab, codebook):
+    return lively(vocab, codebook)
+
+
+def examples(tasks=TASKS, n=3, seed=0):
+    rng, world = random.Random(seed), World()
+    return [world.example(rng, task) for _ in range(n) for task in tasks]
+
+
+def batch_of(vocab, codebook, *args, **kwargs):
+    some = examples(*args, **kwargs)
+    return vocab.batch(some, codebook.encode(np.stack([e.picture for e in some])))
+
+
+# ---------------------------------------------------------------- where to run
+
+
+def test_a_device_that_is_absent_is_an_error_that_lists_those_present():
+    with pytest.raises(ValueError, match="--device abacus: not available here; use one of auto.*cpu"):
+        pick_device("abacus")
+    device, dtype, reason = pick_device("cpu")
+    assert device.type == "cpu" and dtype == torch.float32 and reason == "cpu (as asked), float32 matrix products"
+
+
+# ---------------------------------------------------------------- codebook
+
+
+def test_the_codebook_is_lossless_on_the_world(codebook):
+    rng = random.Random(0)
+    pictures = np.stack([render(sample_scene(rng, pool)) for pool in ("paired", "three", "heldout") for _ in range(100)])
+    codes = codebook.encode(pictures)
+    assert codes.shape == (300, 16) and codes.dtype == torch.int64 and 0 <= codes.min() <= codes.max() < len(codebook.entries)
+    assert (codebook.decode(codes).numpy() == pictures).all() and codebook.psnr(pictures) == math.inf
+
+
+@pytest.mark.parametrize("patch", [4, 8, 16])
+def test_codes_number_the_patches_row_by_row_and_every_code_decodes_to_itself(patch):
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    book = Codebook.fit(pictures, 1024, patch)
+    side = 32 // patch
+    codes = book.encode(pictures).view(2, side, side)
+    for row, column in ((0, 0), (0, 1), (1, 0), (side - 1, side - 1)):
+        there = pictures[1, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+        assert (book.entries[codes[1, row, column]].numpy() == there.reshape(-1)).all()
+    every = torch.randperm(len(book.entries))[: 2 * side * side].view(2, -1)
+    assert (book.encode(book.decode(every)) == every).all()
+
+
+def test_a_patch_gets_the_nearest_entry():
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    book = Codebook(torch.rand(50, 48) * 255, patch=4, size=16)
+    x = book.cut(pictures).reshape(-1, 48)
+    assert (book.encode(pictures).flatten() == torch.cdist(x, book.entries).argmin(1)).all()
+
+
+def test_more_iterations_of_k_means_reduce_the_error():
+    pictures = np.random.default_rng(0).integers(0, 60, (60, 32, 32, 3), dtype=np.uint8)
+    pictures += np.random.default_rng(1).integers(0, 190, (60, 4, 4, 1), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    psnr = [Codebook.fit(pictures, 40, patch=8, iterations=n).psnr(pictures) for n in (0, 1, 3, 12)]
+    assert psnr == sorted(psnr) and psnr[-1] > psnr[0] + 0.2
+
+
+def test_an_entry_without_patches_is_seeded_again():
+    """Two far clusters; the second one's only start is taken away by having 3 entries start in a cluster of 2 values."""
+    values = [0] * 300 + [1] * 300 + [2] * 300 + [250] * 2 + [255] * 2
+    pictures = np.array(values, np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2).repeat(3, 3)
+    for seed in range(10):
+        book = Codebook.fit(pictures, 4, patch=4, iterations=20, seed=seed)
+        assert book.encode(pictures).unique().numel() == 4
+        assert book.psnr(pictures) > 45  # at worst 0 and 1, or 250 and 255, share an entry
+
+
+def test_psnr_is_the_formula_in_decibels():
+    book = Codebook(torch.zeros(1, 48), patch=4)
+    assert book.psnr(np.full((2, 32, 32, 3), 16, np.uint8)) == pytest.approx(10 * math.log10(255**2 / 16**2), abs=1e-4)
+
+
+# ---------------------------------------------------------------- the transformer
+
+
+def test_rotation_keeps_lengths_and_makes_a_product_depend_on_the_distance_only():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
+
+    def product(at, other):
+        return float((rotate(q, torch.tensor([at])) * rotate(k, torch.tensor([other]))).sum())
+
+    assert rotate(q, torch.tensor([7])).norm() == pytest.approx(q.norm())
+    assert product(3, 8) == pytest.approx(product(20, 25), abs=1e-6) and product(3, 8) != pytest.approx(product(3, 9), abs=1e-3)
+
+
+def test_the_future_does_not_leak_into_the_past(model, vocab, codebook):
+    batch = batch_of(vocab, codebook, n=1)
+    before = model(batch.target, batch.patch)
+    for t in (1, 8, 20):
+        changed = batch.target.clone()
+        changed[:, t] = (changed[:, t] + 5) % vocab.size
+        after = model(changed, batch.patch)
+        assert (after[:, :t] == before[:, :t]).all()
+        assert ((after[:, t:] - before[:, t:]).abs().amax(-1) > 1e-4).all()  # and every later state sees it
+
+
+def test_a_state_gets_gradient_from_its_past_and_none_from_its_future(model, vocab, codebook):
+    batch = batch_of(vocab, codebook, ("caption",), n=1)
+    embedded = []
+    hook = model.embed.register_forward_hook(lambda module, args, out: embedded.append(out) or out.retain_grad())
+    model(batch.target, batch.patch)[0, 9].square().sum().backward()
+    hook.remove()
+    gradient = embedded[0].grad[0].abs().sum(-1)
+    assert (gradient[:10] > 0).all() and (gradient[10:] == 0).all()
+
+
+def test_padding_on_the_right_changes_no_state(model, vocab, codebook):
+    short, long = examples(("text",), 1) + examples(("caption",), 1)
+    codes = codebook.encode(np.stack([short.picture, long.picture]))
+    alone, together = vocab.batch([short], codes[:1]).trim(), vocab.batch([short, long], codes)
+    n = alone.target.shape[1]
+    assert together.target.shape[1] > n
+    torch.testing.assert_close(model(together.target, together.patch)[:1, :n], model(alone.target, alone.patch))
+
+
+def test_patch_places_tell_the_same_code_apart_and_words_have_none(model):
+    tokens = torch.full((1, 4), 200)
+    same, places = torch.full((1, 4), -1), torch.tensor([[0, 1, 4, 5]])
+    first = model(tokens[:, :1], places[:, :1]), model(tokens[:, :1], places[:, 3:]), model(tokens[:, :1], same[:, :1])
+    assert all((a - b).abs().max() > 1e-3 for a, b in ((first[0], first[1]), (first[0], first[2]), (first[1], first[2])))
+    with torch.no_grad():
+        model.row.weight += 1  # a text position does not look at rows or columns
+        assert (model(tokens[:, :1], same[:, :1]) == first[2]).all()
+        model.row.weight -= 1
+
+
+def test_a_fresh_model_is_the_identity_on_the_residual_stream(vocab, codebook):
+    torch.manual_seed(0)
+    fresh, batch = Transformer(ModelConfig(vocab.size, codebook.side, 32, 2, 4)), batch_of(vocab, codebook, ("text",), 2)
+    torch.testing.assert_close(fresh(batch.target, batch.patch), fresh.norm(fresh.embed(batch.target)))
+
+
+def test_a_width_that_the_heads_cannot_share_is_an_error_with_both_numbers():
+    with pytest.raises(ValueError, match="width 100 must be a multiple of 2 x heads = 16"):
+        Transformer(ModelConfig(50, 4, 100, 2, 8))
+
+
+def test_the_head_is_the_embedding(model):
+    assert model.head is model.embed.weight and len(list(model.parameters())) == len(model.state_dict()) == 3 + 2 * 6 + 1
+
+
+# ---------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+@pytest.mark.parametrize("tasks", [*[(task,) for task in TASKS], TASKS], ids=lambda tasks: "+".join(tasks))
+def test_cached_sampling_equals_uncached_token_for_token(model, vocab, codebook, tasks, guidance, temperature):
+    batch = batch_of(vocab, codebook, tasks, n=2)
+    filled = [sample(model, batch, vocab, torch.Generator().manual_seed(3), temperature, guidance, cached) for cached in (True, False)]
+    assert torch.equal(*filled) and (filled[0] >= 0).all()
+
+
+def test_given_tokens_stay_and_chosen_ones_lie_in_their_range(model, vocab, codebook):
+    batch = batch_of(vocab, codebook, n=10)
+    tokens = sample(model, batch, vocab, torch.Generator().manual_seed(0), temperature=2.0)
+    given, chosen = batch.tokens >= 0, completion_mask(batch, tokens)
+    assert (tokens[given] == batch.tokens[given]).all() and not (chosen & given).any()
+    assert (tokens[chosen] >= batch.lo[chosen]).all() and (tokens[chosen] < batch.hi[chosen]).all()
+    codes, words = tokens[chosen & (batch.patch >= 0)], tokens[chosen & (batch.patch < 0)]
+    assert len(codes) == 10 * 16 and codes.min() >= vocab.n_text and words.max() < vocab.n_text and words.unique().numel() > 20
+
+
+def test_a_range_narrower_than_the_vocabulary_is_kept(model, vocab, codebook):
+    batch = batch_of(vocab, codebook, ("text",), 8)
+    batch = batch._replace(lo=torch.full_like(batch.lo, 40), hi=torch.full_like(batch.hi, 43))
+    tokens = sample(model, batch, vocab, torch.Generator().manual_seed(0))
+    assert tokens[batch.tokens < 0].unique().tolist() == [40, 41, 42]
+
+
+def test_a_text_ends_at_its_first_eos_and_padding_follows(model, vocab, codebook):
+    batch = batch_of(vocab, codebook, ("caption", "text", "reason"), 20)
+    batch = batch._replace(hi=batch.hi.clamp(max=EOS + 5))  # five words to choose from: most texts end early
+    tokens, ended = sample(model, batch, vocab, torch.Generator().manual_seed(0)), 0
+    mask = completion_mask(batch, tokens)
+    for row, free, kept in zip(tokens, batch.tokens < 0, mask):
+        text = row[free].tolist()
+        if EOS in text:
+            ended += 1
+            assert set(text[text.index(EOS) + 1 :]) <= {PAD} and PAD not in text[: text.index(EOS)]
+            assert int(kept.sum()) == text.index(EOS) + 1  # <eos> is chosen and scored, what follows is neither
+        else:
+            assert int(kept.sum()) == len(text)
+    assert ended > 30
+
+
+def test_given_tokens_after_an_ended_text_let_the_next_one_start(model, vocab):
+    """Two free spans with given tokens between them: the end of the first is not the end of the second."""
+    tokens = torch.tensor([[1, 6, -1, -1, -1, IMAGE, -1, -1]])
+    lo = torch.tensor([[0, 0, EOS, 20, 20, 0, 20, 20]])
+    batch = Batch(tokens, tokens.clamp(min=0), lo, torch.where(lo == EOS, EOS + 1, 22), torch.full_like(tokens, -1))
+    filled = sample(model, batch, vocab, torch.Generator().manual_seed(0))[0].tolist()
+    assert filled[2:6] == [EOS, PAD, PAD, IMAGE] and {*filled[6:]} <= {20, 21}
+
+
+def allowed_logprobs(model, batch, tokens, temperature=1.0):
+    """Log-probs of every id at every position from one uncached pass, by the definition (M5): (N, L-1, V)."""
+    logits = model(tokens[:, :-1], batch.patch[:, :-1]) @ model.embed.weight.T / temperature
+    ids = torch.arange(logits.shape[-1])
+    return torch.where((ids >= batch.lo[:, 1:, None]) & (ids < batch.hi[:, 1:, None]), logits, -torch.inf).log_softmax(-1)
+
+
+def test_temperature_zero_takes_the_most_likely_allowed_token(model, vocab, codebook):
+    batch = batch_of(vocab, codebook, n=4)
+    tokens = sample(model, batch, vocab, temperature=0)
+    mask = completion_mask(batch, tokens)[:, 1:]
+    assert (tokens[:, 1:][mask] == allowed_logprobs(model, batch, tokens)[mask].argmax(-1)).all()
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.7])
+def test_tokens_are_sampled_with_the_probabilities_that_are_scored(model, vocab, temperature):
+    n, tokens = 8000, torch.tensor([[1, 6, -1]])
+    batch = Batch(*(x.expand(n, -1) for x in (tokens, tokens.clamp(min=0), torch.full_like(tokens, 30), torch.full_like(tokens, 36), torch.full_like(tokens, -1))))
+    filled = sample(model, batch, vocab, torch.Generator().manual_seed(0), temperature)
+    counted = torch.bincount(filled[:, 2], minlength=vocab.size) / n
+    probabilities = allowed_logprobs(model, batch, filled[:, :3], temperature)[0, 1].exp()
+    assert probabilities.max() < 0.9  # a distribution worth testing
+    assert (counted - probabilities).abs().max() < 4 * 0.5 / math.sqrt(n)
+
+
+def test_guidance_is_a_step_from_the_blanked_prompt_to_the_prompt(model, vocab, codebook):
+    batch, s = batch_of(vocab, codebook, ("draw",), 4), 2.0
+    tokens = sample(model, batch, vocab, temperature=0, guidance=s)
+    blank = torch.where((batch.tokens >= EOS) & (batch.tokens < vocab.n_text), PAD, tokens)
+    logits = [model(view[:, :-1], batch.patch[:, :-1]) @ model.head.T for view in (tokens, blank)]
+    guided = (logits[0] + s * (logits[0] - logits[1]))[..., vocab.n_text :]
+    mask = (batch.tokens < 0)[:, 1:]
+    assert (tokens[:, 1:][mask] == guided[mask].argmax(-1) + vocab.n_text).all()
+    assert (tokens != sample(model, batch, vocab, temperature=0)).any()
+
+
+def test_the_same_noise_gives_the_same_tokens_and_other_noise_others(model, vocab, codebook):
+    batch = batch_of(vocab, codebook, n=4)
+    first, again, other = (sample(model, batch, vocab, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_two_models_that_are_nearly_equal_draw_nearly_the_same_from_the_same_noise(vocab, codebook):
+    model, near, far = lively(vocab, codebook), lively(vocab, codebook), lively(vocab, codebook, seed=1)
+    with torch.no_grad():
+        for p in near.parameters():
+            p += 1e-5 * torch.randn_like(p)
+    batch = batch_of(vocab, codebook, ("draw",), 20)
+    tokens, close, distant = (sample(m, batch, vocab, torch.Generator().manual_seed(0))[batch.tokens < 0] for m in (model, near, far))
+    assert (tokens == close).float().mean() > 0.9 and (tokens == distant).float().mean() < 0.5
+
+
+def test_a_negative_temperature_is_an_error(model, vocab, codebook):
+    with pytest.raises(ValueError, match="temperature must be 0 or more, not -1"):
+        sample(model, batch_of(vocab, codebook, n=1), vocab, temperature=-1)
+
+
+def test_sampling_leaves_its_template_as_it_was(model, vocab, codebook):
+    batch = batch_of(vocab, codebook, n=1)
+    before = batch.tokens.clone()
+    sample(model, batch, vocab, guidance=1.0)
+    assert torch.equal(batch.tokens, before)
