@@ -256,7 +256,7 @@ def noisy_caption(rng, caption, pool="paired", noise=NOISE):
 def edits(caption):
     """All captions one small edit away, as (kind, Caption): the perturbations that make a true caption false.
 
-    kind is color, shape, size, position, relation, drop (an object less) or add (one more).
+    kind is color, shape, size, position, relation, swap (two objects exchange colours), drop (an object less), add (one more).
 
     >>> [e.text() for kind, e in edits(Caption((Mention("red", "circle"),))) if kind == "shape"]
     ['a red square', 'a red triangle']
@@ -276,6 +276,11 @@ def edits(caption):
             swap("position", cell=cell)
         if len(mentions) > 1:
             changed.append(("drop", Caption((*mentions[:i], *mentions[i + 1 :]))))
+        for j in range(i):  # the same words, bound to each other differently
+            if m.color and mentions[j].color and m.color != mentions[j].color and m.shape != mentions[j].shape:
+                swapped = list(mentions)
+                swapped[i], swapped[j] = m._replace(color=mentions[j].color), mentions[j]._replace(color=m.color)
+                changed.append(("swap", Caption(tuple(swapped), relation)))
     if relation:
         changed.append(("relation", Caption(mentions, INVERSE[relation])))
     if len(mentions) < 3 and not relation:
@@ -373,15 +378,16 @@ class World:
         draws = ("paired",) * 3 + ("prompted",) * 2 + ("three",) * 5
         return rng.choice(draws if task == "draw" else ("paired", "three"))
 
-    def negatives(self, rng, text, n, held_out=True):
+    def negatives(self, rng, text, n, held_out=True, longest=3):
         """n captions one edit away from a caption, all kinds of edit alike (repeated if there are fewer), none naming a
-        held-out pair unless held_out is False; [] for a text that is no caption."""
+        held-out pair unless held_out is False; [] for a text that is no caption. longest: objects a caption may name.
+        (Where no true caption names three objects, false ones must not either: a reward would learn that three is wrong.)"""
         caption = parse_caption(text)
         if caption is None:
             return []
         kinds = {}
         for kind, e in edits(caption):
-            if not held_out or in_pool("three", e.kinds):
+            if (not held_out or in_pool("three", e.kinds)) and not (kind == "add" and len(e.mentions) > longest):
                 kinds.setdefault(kind, []).append(e.text())
         ways = [rng.sample(texts, len(texts)) for texts in kinds.values()]
         rng.shuffle(ways)  # one edit of each kind before the second of any: a relation has one edit, a colour many
@@ -635,7 +641,7 @@ class FashionMNIST:
     def prompt_pool(self, rng, task):
         return "paired"
 
-    def negatives(self, rng, text, n, held_out=True):
+    def negatives(self, rng, text, n, held_out=True, longest=3):
         """n captions of the other classes in the same words; [] for a text that is no caption."""
         start, _, name = text.rpartition(" ")
         if name not in FASHION_CLASSES or f"{start} {{}}" not in self.phrases:
@@ -691,6 +697,11 @@ class Batch(NamedTuple):
     def repeat(self, times):
         """Every row `times` times, one after the other: the groups of GRPO."""
         return Batch(*(t.repeat_interleave(times, 0) for t in self))
+
+    def blank(self, rows, n_text):
+        """With the given words of some rows, (N,) bool, replaced by <pad>: the prompts that guidance learns to do without."""
+        words = rows[:, None] & (self.tokens >= EOS) & (self.tokens < n_text)
+        return self._replace(tokens=self.tokens.masked_fill(words, PAD), target=self.target.masked_fill(words, PAD))
 
 
 class Vocabulary:

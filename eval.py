@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from data import COLORS, BACKGROUND, SHAPES, SIZES, Example, Object, Vocabulary, make_sources, parse_caption, related, shape_mask
+from data import BACKGROUND, COLORS, SHAPES, SIZES, Example, Object, Vocabulary, make_sources, parse_caption, related, shape_mask
 from model import Codebook, ModelConfig, Transformer, completion_mask, pick_device, sample
 from reward import CLIP, clip_score, exact_match
 

@@ -37,12 +37,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data import Batch
-from model import completion_mask, sample
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+from model import at_least_float32, completion_mask, matmul, sample
 
 
 def check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
@@ -273,8 +268,8 @@ class Rollout(NamedTuple):
 
 
 def score(hidden, head, chosen, lo, hi, temperature):
-    """All log-probs over the allowed ids, (..., V), and those of the chosen ids, (...)."""
-    logits = (hidden @ head.T).float() / temperature
+    """hidden (M, C) of M chosen tokens -> all log-probs over the allowed ids, (M, V), and those of the chosen ids, (M,)."""
+    logits = matmul(hidden, head.T.to(hidden.dtype)) / temperature
     ids = torch.arange(head.shape[0], device=head.device)
     logits = logits.masked_fill((ids < lo[..., None]) | (ids >= hi[..., None]), -1e9)  # finite: 0 * log 0 below is 0
     everything = logits.log_softmax(-1)
@@ -288,7 +283,7 @@ def rollout(policy, reference, batch, group_size, reward_fn, vocab, generator=No
     reward_fn(batch, tokens) -> (rewards (B, G), dict of parts (B, G)). What is sampled is what is scored: log-probs are
     over the same allowed ids and at the same temperature as in sampling."""
     start = time.perf_counter()
-    batch = Batch(*(t.repeat_interleave(group_size, 0) for t in batch))
+    batch = batch.repeat(group_size)
     tokens = sample(policy, batch, vocab, generator, temperature)
     sampled = time.perf_counter()
     rewards, parts = reward_fn(batch, tokens)

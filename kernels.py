@@ -42,7 +42,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo import at_least_float32, check_shape, group_advantages, grpo_loss
+from grpo import check_shape, group_advantages, grpo_loss
+from model import at_least_float32, matmul
 
 CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**26}  # of float32 logits
 
@@ -63,14 +64,6 @@ def softmax_minus_onehot(logs: Tensor, tokens: Tensor, dtype: torch.dtype) -> Te
     """(m,V) log-probs -> minus the derivative of the chosen log-prob by its logits, rounded once, at the end."""
     chosen = torch.expm1(logs.gather(1, tokens[:, None]))
     return logs.exp().to(dtype).scatter_(1, tokens[:, None], chosen.to(dtype))  # (K4)
-
-
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; bf16 factors give a float32 product, which is also summed in float32."""
-    with torch.autocast(a.device.type, enabled=False):
-        if a.dtype == torch.bfloat16 and a.is_cuda:
-            return torch.mm(a, b, out_dtype=torch.float32)
-        return at_least_float32(a) @ at_least_float32(b)
 
 
 @functools.cache

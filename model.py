@@ -46,6 +46,19 @@ def pick_device(name="auto"):
     return torch.device(device), dtype, f"{device} ({reason}), {str(dtype)[6:]} matrix products"
 
 
+def at_least_float32(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def matmul(a, b):
+    """a @ b for two matrices; bf16 factors give a float32 product, which is also summed in float32. All logits are made
+    with it, in sampling, scoring and loss: what is sampled is what is scored."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.bfloat16 and a.is_cuda:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return at_least_float32(a) @ at_least_float32(b)
+
+
 # ---------------------------------------------------------------- pictures <-> codes
 
 
@@ -120,6 +133,9 @@ def rotate(x, positions):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)  # (M4)
 
 
+REACH = 12.0  # largest attention logit
+
+
 class Block(nn.Module):
     """One pre-norm layer: attention, then a two-layer MLP. Used causally by the policy, both ways by the reward's CLIP."""
 
@@ -135,7 +151,7 @@ class Block(nn.Module):
         each (N, H, longest, D), written at `positions` and read up to the last of them."""
         n, length, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        # queries and keys of unit length: attention logits cannot blow up at the learning rates used here
+        # queries and keys of equal length: attention logits stay within +-REACH and cannot blow up at high learning rates
         q, k = rotate(F.rms_norm(q, (q.shape[-1],)), positions), rotate(F.rms_norm(k, (k.shape[-1],)), positions)
         if cache is not None:
             first = int(positions[0])
@@ -143,7 +159,7 @@ class Block(nn.Module):
                 store[:, :, first : first + length] = new
             k, v = (store[:, :, : first + length] for store in cache)
         # one new position sees everything in the cache; more than one only starts from an empty cache
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and length > 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and length > 1, scale=REACH / q.shape[-1])
         x = x + self.out(y.transpose(1, 2).reshape(n, length, width))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -185,16 +201,17 @@ class Transformer(nn.Module):
         positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
         for i, block in enumerate(self.blocks):
             x = block(x, positions, cache=cache and cache[i])
-        return self.norm(x)
+        return self.norm(x).to(self.compute_dtype)
 
     def new_cache(self, n, length):
         """Room for the keys and values of n sequences: a list of (keys, values), each (n, H, length, D), per layer."""
         c = self.config
-        make = lambda: torch.zeros(n, c.heads, length, c.width // c.heads, device=self.head.device, dtype=self.cache_dtype)  # noqa: E731
+        make = lambda: torch.zeros(n, c.heads, length, c.width // c.heads, device=self.head.device, dtype=self.compute_dtype)  # noqa: E731
         return [(make(), make()) for _ in self.blocks]
 
     @property
-    def cache_dtype(self):
+    def compute_dtype(self):
+        """bfloat16 under autocast, else the weights' own: of hidden states, and so of every product with the head."""
         device = self.head.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.head.dtype
 
@@ -218,13 +235,14 @@ def sample(model, batch, vocab, generator=None, temperature=1.0, guidance=0.0, c
     start = int((template < 0).any(0).nonzero()[0])
     views = [tokens]
     if guidance:  # the same sequences with their words blanked out
-        views.append(torch.where((template >= EOS) & (template < vocab.n_text), PAD, tokens))
+        everything = torch.ones(n, dtype=torch.bool, device=tokens.device)
+        views.append(batch.blank(everything, vocab.n_text).tokens.clamp(min=0))
     caches = [model.new_cache(n, length) if cached else None for _ in views]
     ids, ended, done = torch.arange(vocab.size, device=tokens.device), torch.zeros(n, dtype=torch.bool, device=tokens.device), 0
     for t in range(start, length):
         first = done if cached else 0
         states = [model(view[:, first:t], patch[:, first:t], first, cache)[:, -1] for view, cache in zip(views, caches)]
-        logits = [(state @ model.head.T).float() for state in states]
+        logits = [matmul(state, model.head.T.to(state.dtype)) for state in states]
         logits = logits[0] if not guidance else (1 + guidance) * logits[0] - guidance * logits[1]  # (M7)
         allowed = (ids >= lo[:, t, None]) & (ids < hi[:, t, None])
         logits = logits.masked_fill(~allowed, -torch.inf)

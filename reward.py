@@ -7,7 +7,7 @@ edits ("a red circle" against "a red square", "a blue circle", ...)? Answers are
   (R1) s(x, c) = 1/2 mean_w max_p <w, p> + 1/2 mean_p max_w <p, w>     similarity of picture x and text c: every word w
                   looks for its patch p and every patch for its word (late interaction, as in FILIP, arXiv 2111.07783)
   (R2) L = 1/2 CE(rows of a*s) + 1/2 CE(columns of a*s)                symmetric InfoNCE, a = exp(learned log-scale);
-                  equal captions are positives of each other; each row has edits of its own caption as
+                  equal captions are positives of each other; each row has false edits of its own caption as
                   further negatives (NegCLIP, arXiv 2210.01936)
   (R3) r(x, c) = log [ exp(a s(x,c)) / sum_{c' in c + edits of c} exp(a s(x,c')) ]   the CLIP reward, in [FLOOR, 0]
   (R4) r = 1 if the answer is the key, else 0                          exact match
@@ -90,17 +90,16 @@ def text_ids(vocab, texts, device="cpu"):
 
 
 def clip_loss(clip, pictures, ids, edited):
-    """Symmetric InfoNCE of N pictures and their N captions (N, W); `edited` (N, E, V) are false edits of each caption.
+    """Symmetric InfoNCE of N pictures and their N captions (N, W); `edited` (N*E, V) are E false edits of each caption.
 
     Returns the loss and the share of pictures whose own caption (or an equal one) scores highest among all N and its E edits."""
     image, scale = clip.image(pictures), clip.log_scale.exp()
     logits = scale * clip.similarity(image, clip.text(ids))  # (N, N)
-    edits = scale * clip.similarity(image, clip.text(edited.flatten(0, 1)).unflatten(0, edited.shape[:2]), pairs="n")  # (N, E)
-    same = (ids[:, None] == ids[None]).all(-1)
-    right = logits.masked_fill(~same, -torch.inf)
-    rows, columns = torch.cat((logits, edits), 1).logsumexp(1), logits.logsumexp(0)
-    loss = 0.5 * (rows - right.logsumexp(1)).mean() + 0.5 * (columns - right.logsumexp(0)).mean()  # (R2)
-    return loss, (right.amax(1) >= torch.cat((logits, edits), 1).amax(1)).float().mean()
+    edits = scale * clip.similarity(image, clip.text(edited).unflatten(0, (len(ids), -1)), pairs="n")  # (N, E)
+    right = logits.masked_fill((ids[:, None] != ids[None]).any(-1), -torch.inf)
+    everything = torch.cat((logits, edits), 1)
+    rows, columns = everything.logsumexp(1) - right.logsumexp(1), logits.logsumexp(0) - right.logsumexp(0)
+    return 0.5 * rows.mean() + 0.5 * columns.mean(), (right.amax(1) >= everything.amax(1)).float().mean()  # (R2)
 
 
 @torch.no_grad()
@@ -146,8 +145,9 @@ class Rewards:
     parts = {"draw": ("clip",), "caption": ("clip", "format"), "ask": ("exact",), "reason": ("exact", "format")}
     weights = {"clip": 1.0, "exact": 1.0, "format": 0.2}
 
-    def __init__(self, clip, vocab, n_edits=12):
+    def __init__(self, clip, vocab, n_edits=12, n_caption_edits=32):
         self.clip, self.vocab, self.n_edits = clip, vocab, n_edits
+        self.n_caption_edits = n_caption_edits  # more: a caption that misses an object must meet the one that names it
 
     def __call__(self, source, task, examples, outputs, rng):
         """Rewards of B*G outputs for B examples: dict part -> (B, G). outputs: pictures uint8, or texts."""
@@ -156,7 +156,7 @@ class Rewards:
             prompts = [e.prompt for e in examples]
             parts = {"clip": self._match(outputs, prompts, [source.negatives(rng, p, self.n_edits) for p in prompts])}
         elif task == "caption":
-            edits = [source.negatives(rng, text, self.n_edits) for text in outputs]
+            edits = [source.negatives(rng, text, self.n_caption_edits) for text in outputs]
             good = torch.tensor([bool(e) for e in edits])  # a text that is no caption has no edits
             score = torch.full((len(outputs),), FLOOR)
             if good.any():
@@ -170,6 +170,18 @@ class Rewards:
             if task == "reason":
                 parts["format"] = torch.tensor([well_formed(text) for text in outputs])
         return {name: value.float().cpu().view(len(examples), group) for name, value in parts.items()}
+
+    def believes(self, sources, examples, rng, level=0.5):
+        """(N,) bool: is the caption of each pre-training example likelier than its edits together, by (R3)? A caption that
+        the reward takes for noise is not learned from again. Examples without a caption to judge pass."""
+        kept = torch.ones(len(examples), dtype=torch.bool)
+        texts = [e.prompt or e.answer if e.task in ("draw", "caption") else "" for e in examples]
+        edits = [source.negatives(rng, text, self.n_edits) if text else [] for source, text in zip(sources, texts)]
+        judged = [i for i, others in enumerate(edits) if others]
+        if judged:
+            pictures = torch.stack([torch.as_tensor(examples[i].picture) for i in judged])
+            kept[judged] = (self._match(pictures, [texts[i] for i in judged], [edits[i] for i in judged]) > math.log(level)).cpu()
+        return kept
 
     def _match(self, pictures, texts, edits):
         return match_logprob(self.clip, self.vocab, pictures, texts, edits)

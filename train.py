@@ -80,22 +80,22 @@ class Config:
     layers: int = 4  # transformer blocks
     heads: int = 4  # attention heads
     # pre-training
-    pretrain_steps: int = 700  # next-token steps of the base
+    pretrain_steps: int = 800  # next-token steps of the base
     batch: int = 64  # sequences a step
     lr: float = 4e-3  # peak learning rate: 30 steps up, flat, the last 40% down to 0
     extra_steps: int = 0  # unified: further next-token steps; 0 means as many as fit the seconds of the base run's lvrpo stages
     # reward
-    clip_steps: int = 400  # for each of the two CLIPs
+    clip_steps: int = 500  # for each of the two CLIPs
     clip_batch: int = 64  # pairs a step
     clip_edits: int = 4  # false edits of each caption, as further negatives
     clip_width: int = 64  # of both encoders
-    clip_lr: float = 2e-3  # peak learning rate
+    clip_lr: float = 3e-3  # peak learning rate
     # GRPO
-    grpo_steps: int = 100  # steps: each samples, rewards, scores and learns
+    grpo_steps: int = 80  # steps: each samples, rewards, scores and learns
     prompts: int = 16  # drawing prompts a step; the other tasks get half as many
     group_size: int = 8  # candidates a prompt
     epochs: int = 1  # optimisation passes over a rollout: with more than one the clipping acts
-    grpo_lr: float = 1e-3  # peak learning rate
+    grpo_lr: float = 2e-3  # peak learning rate
     kl_coef: float = 0.02  # weight of the KL penalty to the frozen base
     clip_low: float = 0.2  # the ratio is clipped below 1 - this
     clip_high: float = 0.2  # ... and above 1 + this
@@ -103,7 +103,8 @@ class Config:
     advantage: str = "mean"  # mean (reward - group mean), pairwise (win rate) or parts (normalise each reward, then sum)
     reduction: str = "token"  # how token losses are averaged: token, sequence or constant
     level: str = "token"  # one ratio a token, or one a sequence
-    ptx_coef: float = 0.5  # weight of the pre-training loss kept in the step
+    ptx_coef: float = 1.0  # weight of the pre-training loss kept in the step
+    ptx_filter: bool = True  # keep it on those pairs only whose caption the reward finds likelier than all its edits together
     temperature: float = 1.0  # of rollouts
     max_kl: float = 2.0  # stop when the KL to the base, nats a token, passes this for five steps
     # evaluation
@@ -121,7 +122,7 @@ PRESETS = {
 STAGES = {"lvrpo": ("codebook", "pretrain", "clip", "grpo", "eval"), "unified": ("codebook", "pretrain", "clip", "unified", "eval")}
 CHOICES = {"preset": ("auto", *PRESETS), "device": ("auto", "cuda", "mps", "cpu"), "method": tuple(STAGES), "scale": ("group", "batch", "none"),
            "advantage": ("mean", "pairwise", "parts"), "reduction": ("token", "sequence", "constant"), "level": ("token", "sequence")}  # fmt: skip
-TASK_MIX = {"draw": 5, "caption": 2, "ask": 3, "reason": 1, "text": 1}  # of a pre-training batch
+TASK_MIX = {"draw": 4, "caption": 2, "ask": 4, "reason": 1, "text": 1}  # of a pre-training batch
 GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5}  # weight of each task's mean token loss: a picture's
 # reward is spread over 16 tokens or 64, a short answer's over two, so the mean over tokens would let answers dominate
 
@@ -270,7 +271,7 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.device, self.dtype, self.reason = pick_device(config.device)
         self.sources = make_sources(config.data, config.data_dir, config.jitter, config.download)
-        self.interrupted = None
+        self.interrupted, self.learning = None, False
 
     def rng(self, *place):
         return random.Random("/".join(map(str, (self.config.seed, *place))))
@@ -291,6 +292,7 @@ class Trainer:
             print(f"{stage}: goes on at step {first}")
         log, saved = Log(self.folder, stage, first), time.monotonic()
         bar = tqdm(range(first, steps), initial=first, total=steps, desc=f"{stage:9}", mininterval=1 if sys.stderr.isatty() else 15, ncols=110)
+        self.learning = True
         for step in bar:
             start = time.perf_counter()
             for optimizer in optimizers:
@@ -323,6 +325,7 @@ class Trainer:
                 saved = time.monotonic()
             if self.interrupted:
                 raise Stopped(f"interrupted in {stage} at step {step + 1}; go on with: python train.py --resume --out {self.folder}", 128 + self.interrupted)
+        self.learning = False
         return model
 
     @staticmethod
@@ -375,23 +378,29 @@ class Trainer:
             evaluation.load_weights(model, self.folder / f"{name}.safetensors")
         return model
 
-    def pairs(self, rng, n):
-        """n pre-training examples as two Batches of similar length (padding is work for nothing)."""
-        examples = []
+    def pairs(self, rng, n, believed=None):
+        """n pre-training examples as two Batches of similar length (padding is work for nothing), less those that
+        `believed`(source, examples) -> (N,) bool turns down."""
+        examples, places = [], []
         for _ in range(n):
             source = rng.choice(self.sources)
-            tasks = [t for t in source.tasks for _ in range(TASK_MIX[t])]
-            examples.append(source.example(rng, rng.choice(tasks), noise=NOISE))
+            task = rng.choice([t for t in source.tasks for _ in range(TASK_MIX[t])])
+            examples.append(source.example(rng, task, noise=NOISE))
+            places.append(source)
+        if believed:
+            examples = [e for e, ok in zip(examples, believed(places, examples, rng)) if ok]
         for short in (True, False):
             part = [e for e in examples if (e.task in ("draw", "text")) == short]
             if part:
                 codes = self.codebook.encode(np.stack([e.picture for e in part]))
-                yield self.vocab.batch(part, codes).trim().to(self.device)
+                batch = self.vocab.batch(part, codes).trim()
+                unprompted = torch.tensor([e.task == "draw" and rng.random() < 0.1 for e in part])  # for guidance
+                yield batch.blank(unprompted, self.vocab.n_text).to(self.device)
 
-    def next_token_loss(self, model, rng, n):
+    def next_token_loss(self, model, rng, n, believed=None):
         """Mean negative log-likelihood of all chosen tokens of n pre-training examples."""
         total, count = 0.0, 0
-        for batch in self.pairs(rng, n):
+        for batch in self.pairs(rng, n, believed):
             mask = batch.mask[:, 1:]
             with self.autocast():
                 hidden = model(batch.target[:, :-1], batch.patch[:, :-1])
@@ -418,7 +427,8 @@ class Trainer:
     def clip_stage(self):
         """The reward's CLIP on noisy pairs; a second one, of another seed, on clean pairs of other scenes, that only reports."""
         c = self.config
-        for stage, noise, pools, held_out in (("clip", NOISE, ("paired",), True), ("clip_report", None, ("paired", "prompted", "three", "heldout"), False)):
+        everything = ("paired", "prompted", "three", "heldout")
+        for stage, noise, pools, held_out, longest in (("clip", NOISE, ("paired",), True, 2), ("clip_report", None, everything, False, 3)):
             torch.manual_seed(self.rng(stage).getrandbits(60))
             clip = CLIP(self.vocab.n_text, c.patch, width=c.clip_width).to(self.device)
 
@@ -427,10 +437,10 @@ class Trainer:
                 for _ in range(c.clip_batch):
                     source = rng.choice(self.sources)
                     examples.append(source.example(rng, "draw", rng.choice(pools), noise=noise))
-                    edited += source.negatives(rng, examples[-1].prompt, c.clip_edits, held_out)
+                    edited += source.negatives(rng, examples[-1].prompt, c.clip_edits, held_out, longest)
                 ids, edits = (text_ids(self.vocab, t, self.device) for t in ([e.prompt for e in examples], edited))
                 with self.autocast():
-                    loss, r1 = clip_loss(clip, np.stack([e.picture for e in examples]), ids, edits.unflatten(0, (len(ids), -1)))
+                    loss, r1 = clip_loss(clip, np.stack([e.picture for e in examples]), ids, edits)
                 yield {"loss": loss}, {"r1": r1}
 
             self.optimise(stage, clip, c.clip_steps, c.clip_lr, losses)
@@ -498,7 +508,7 @@ class Trainer:
                     parts[r.task] = GRPO_TASKS[r.task] * loss
                     row |= {f"{k if k != 'kl' else 'k3'}_{r.task}": float(v) for k, v in metrics.items()}
                 if c.ptx_coef:
-                    nll, tokens = self.next_token_loss(policy, rng, c.batch)
+                    nll, tokens = self.next_token_loss(policy, rng, c.batch, rewards.believes if c.ptx_filter else None)
                     parts["ptx"], row["nll"], row["ptx_tokens"] = c.ptx_coef * nll, float(nll.detach()), tokens  # (T1)
                 yield parts, row
 
@@ -699,7 +709,10 @@ def main(config):
         write_json(saved, dataclasses.asdict(config))
 
     def stop(number, frame):
-        trainer.interrupted = number
+        if trainer.learning and not trainer.interrupted:
+            trainer.interrupted = number  # the loop ends this step, saves and says how to go on
+        else:
+            raise Stopped(f"interrupted; go on with: python train.py --resume --out {folder}", 128 + number)
 
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, name), stop)

@@ -1,17 +1,23 @@
 """Shared by all tests: one thread, a small world, and one finished run of the smoke preset."""
 
+import gzip
 import os
 import random
+import runpy
+import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; commands that tests start inherit it
+
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from data import KINDS, Object, Vocabulary, World, render  # noqa: E402
+from data import KINDS, FashionMNIST, Object, Vocabulary, World, render  # noqa: E402
 from model import Codebook  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,3 +47,37 @@ def smoke(tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
+
+
+@pytest.fixture
+def clothes(tmp_path):
+    """Fashion-MNIST in tiny files of its format: 40 and 20 pictures, each class of one shade of grey, a little noise."""
+    root, rng = tmp_path / "fashion_mnist", np.random.default_rng(0)
+    root.mkdir()
+    for prefix, n in (("train", 40), ("t10k", 20)):
+        labels = np.arange(n, dtype=np.uint8) % 10
+        pictures = (20 + 20 * labels[:, None, None] + rng.integers(0, 5, (n, 28, 28))).astype(np.uint8)
+        header = struct.pack(">IIII", 0x803, n, 28, 28)
+        (root / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pictures.tobytes()))
+        (root / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(struct.pack(">II", 0x801, n) + labels.tobytes()))
+    return FashionMNIST(root)
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Run a file of ours as a command in this process: command("eval.py", "--run", folder) -> status, out, err."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*argv):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [*map(str, argv)])
+        try:
+            runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

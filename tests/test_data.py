@@ -97,7 +97,8 @@ def test_pools_hold_the_object_counts_and_pairs_of_the_table():
         assert bool(pairs & data.HELDOUT_PAIRS) == (pool == "heldout")
         if pool in ("paired", "prompted"):
             assert bool(pairs & data.PROMPT_PAIRS) == (pool == "prompted")
-    assert {pool: set(c) for pool, c in counts.items()} == {"paired": {1, 2}, "prompted": {2}, "three": {3}, "heldout": {2, 3}}
+    table = {pool: set(map(int, n.split("-"))) for pool, n in re.findall(r"^  (\w+) +([\d-]+)  ", data.__doc__, re.M)}
+    assert {pool: set(c) for pool, c in counts.items()} == table and list(table) == [*COUNTS]
 
 
 @pytest.mark.parametrize("pool", ["paired", "prompted", "three"])
@@ -167,9 +168,9 @@ def test_a_text_with_a_word_lost_or_swapped_is_no_caption_or_says_what_it_says(c
 
 
 @pytest.mark.parametrize("text", [
-    "", "a", "red", "a red", "red circle", "a circle red", "a  red circle", "a red circle ", "a red circle and", "a red circle a blue square",
-    "a red circle at the left top", "a red big circle", "a red circle above a blue square and a red square", "a pink circle", "A red circle",
-    "a circle and a circle and a circle and a circle", "<eos>", "a red circle\n"])  # fmt: skip
+    "", "a", "red", "a red", "red circle", "a circle red", "a  red circle", "a red circle ", "a red circle and", "A red circle",
+    "a red circle a blue square", "a red circle at the left top", "a red big circle", "a pink circle", "<eos>", "a red circle\n",
+    "a red circle above a blue square and a red square", "a circle and a circle and a circle and a circle"])  # fmt: skip
 def test_other_texts_are_no_captions(text):
     assert data.parse_caption(text) is None
 
@@ -182,7 +183,7 @@ def test_captions_are_true_of_their_scene_and_every_edit_of_one_is_false():
         for kind, edited in data.edits(caption):
             kinds[kind] += 1
             assert not holds(scene, edited), (kind, caption.text(), edited.text())
-    assert set(kinds) == {"color", "shape", "size", "position", "relation", "drop", "add"}
+    assert set(kinds) == {"color", "shape", "size", "position", "relation", "swap", "drop", "add"}
 
 
 @given(captions)
@@ -191,14 +192,28 @@ def test_an_edit_is_another_caption_and_changes_what_its_kind_says(caption):
         assert edited != caption and data.parse_caption(edited.text()) == edited
         assert len(edited.mentions) - len(caption.mentions) == {"drop": -1, "add": 1}.get(kind, 0)
         assert (edited.relation != caption.relation) == (kind == "relation" or (kind == "drop" and caption.relation is not None))
-        differences = sum(a != b for m, n in zip(caption.mentions, edited.mentions) for a, b in zip(m, n))
-        assert differences == (kind in ("color", "shape", "size", "position")) or kind == "drop"
+        if kind != "drop":
+            changed = [field for m, n in zip(caption.mentions, edited.mentions) for field, a, b in zip(m._fields, m, n) if a != b]
+            assert changed == {"add": [], "relation": [], "swap": ["color", "color"], "position": ["cell"]}.get(kind, [kind])
+        if kind == "swap":
+            assert Counter(m.color for m in edited.mentions) == Counter(m.color for m in caption.mentions)
 
 
 @given(captions, st.integers(1, 40))
 def test_any_caption_has_as_many_negatives_as_are_asked_for(caption, n):
     negatives = World().negatives(random.Random(0), caption.text(), n)
     assert len(negatives) == n and caption.text() not in negatives and all(map(data.parse_caption, negatives))
+
+
+def test_negatives_are_of_all_kinds_alike_and_name_no_more_objects_than_allowed():
+    text = "a small red circle at the top left and a blue square"
+    kinds = {e.text(): kind for kind, e in data.edits(data.parse_caption(text))}
+    for seed in range(20):
+        found = World().negatives(random.Random(seed), text, 14)
+        of = [kinds[t] for t in found]
+        assert len(set(of[:7])) == 7 and len(set(found)) == 14  # colour, shape, size, position, swap, drop, add; then again
+        short = World().negatives(random.Random(seed), text, 40, longest=2)
+        assert "add" not in {kinds[t] for t in short} and set(short) <= set(kinds)
 
 
 def test_a_text_that_is_no_caption_has_no_negatives():
@@ -258,14 +273,16 @@ def test_answers_are_right():
         asked, answer = data.question(rng, scene)
         assert answer == worked_out(asked, scene), (asked, scene)
         answers[answer] += 1
-    assert set(answers) == {"yes", "no", "one", "two", "three", "zero", *COLORS, *SIZES, "top-left", "top-right", "bottom-left", "bottom-right"}
+    places = {f"{row}-{column}" for row in data.ROWS for column in data.COLUMNS}
+    assert set(answers) == {"yes", "no", "zero", "one", "two", "three"} | {*COLORS, *SIZES} | places
 
 
 def test_two_hop_questions_have_one_answer_and_steps_that_lead_to_it():
     rng, asked_for = random.Random(0), Counter()
     for _, scene in scenes(400, ("prompted", "three", "heldout")):
         asked, steps, answer = data.multihop_question(rng, scene)
-        what, noun, relation, color, shape = re.fullmatch(rf"what (\w+) is the (\w+) ({'|'.join(INVERSE)}) the (\w+) (\w+) \?", asked).groups()
+        parts = re.fullmatch(rf"what (\w+) is the (\w+) ({'|'.join(INVERSE)}) the (\w+) (\w+) \?", asked)
+        what, noun, relation, color, shape = parts.groups()
         (anchor,) = [o for o in scene if (o.color, o.shape) == (color, shape)]
         (target,) = [o for o in scene if DIRECTIONS[relation](o, anchor)]
         row, column = ("top", "bottom")[anchor.row], ("left", "right")[anchor.column]
@@ -343,7 +360,8 @@ def test_drawing_gives_the_words_and_chooses_one_code_a_patch(vocab):
 
 @pytest.mark.parametrize("task, prompt, answer", [
     ("caption", "", "a red circle"), ("ask", "what color is the circle ?", "red"),
-    ("reason", "what color is the shape above the red circle ?", "<think> red circle : top left . above it : big blue square </think> blue")])  # fmt: skip
+    ("reason", "what color is the shape below the red circle ?",
+     "<think> red circle : top left . below it : big blue square </think> blue")])  # fmt: skip
 def test_answering_gives_the_picture_and_chooses_words_up_to_eos(vocab, task, prompt, answer):
     batch, tokens, target, lo, hi, patch = template(vocab, task, prompt, answer)
     codes = [vocab.n_text + 2 * i for i in range(16)]
@@ -363,7 +381,8 @@ def test_plain_text_gives_nothing_but_its_name(vocab):
 
 
 def test_a_mixed_batch_holds_each_template_and_padding_that_is_neither_chosen_nor_scored(vocab):
-    examples = [Example("draw", None, "a circle", ""), Example("ask", None, "is there a red circle ?", "no"), Example("text", None, "", "a circle")]
+    texts = [("draw", "a circle", ""), ("ask", "is there a circle ?", "no"), ("text", "", "a circle")]
+    examples = [Example(task, None, prompt, answer) for task, prompt, answer in texts]
     batch = vocab.batch(examples, CODES.expand(3, -1))
     for i, e in enumerate(examples):
         alone = vocab.batch([e], CODES)
@@ -396,7 +415,7 @@ def test_a_text_longer_than_its_span_is_an_error_that_shows_it(vocab):
 
 def test_every_text_of_the_world_fits_its_span(vocab):
     world, rng = World(), random.Random(3)
-    examples = [world.example(rng, task, pool, NOISE) for task in world.tasks for pool in COUNTS if (task, pool) != ("reason", "paired") for _ in range(100)]
+    examples = [world.example(rng, task, pool, NOISE) for task in world.tasks for pool in COUNTS for _ in range(100)]
     vocab.batch(examples, CODES.expand(len(examples), -1))
 
 
@@ -422,3 +441,33 @@ def test_sources_are_made_in_the_order_of_their_names(tmp_path):
     assert world.name == "synthetic" and world.jitter == 1
     with pytest.raises(ValueError, match="fashion_mnist"):
         data.make_sources("synthetic,fashion_mnist", tmp_path)
+
+
+def test_clothes_are_drawn_named_and_asked_about_by_their_label(clothes):
+    rng = random.Random(0)
+    for task in clothes.tasks * 20:
+        e = clothes.example(rng, task, split=rng.choice(("train", "val", "test")))
+        name = data.FASHION_CLASSES[e.truth]
+        assert round((e.picture[16, 16, 0] - 20) / 20) == e.truth  # the fixture's shade of this class
+        if task == "ask" and e.prompt == "what is this ?":
+            assert e.answer == name
+        elif task == "ask":
+            assert (e.answer == "yes") == (e.prompt == f"is this a {name} ?")
+        else:
+            assert (e.prompt + e.answer).split()[-1] == name and (e.answer == "") == (task == "draw")
+    noisy = [clothes.example(rng, "caption", noise={"wrong": 0.5}) for _ in range(400)]
+    wrong = np.mean([e.answer.split()[-1] != data.FASHION_CLASSES[e.truth] for e in noisy])
+    assert abs(wrong - 0.45) < 0.1  # one wrong name in ten is right by chance
+
+
+def test_clothes_negatives_name_the_other_classes_in_the_same_words(clothes):
+    for n in (3, 9, 12):
+        found = clothes.negatives(random.Random(0), "a photo of one bag", n)
+        assert len(found) == n and len(set(found)) == min(n, 9) and "a photo of one bag" not in found
+        assert all(text.startswith("a photo of one ") and text.split()[-1] in data.FASHION_CLASSES for text in found)
+    assert clothes.negatives(random.Random(0), "a bag bag", 3) == clothes.negatives(random.Random(0), "a red circle", 3) == []
+
+
+def test_validation_clothes_are_none_of_the_training_ones(clothes):
+    assert [len(clothes.splits[s][1]) for s in ("train", "val", "test")] == [20, 20, 20]
+    assert not {p.tobytes() for p in clothes.splits["train"][0]} & {p.tobytes() for p in clothes.splits["val"][0]}

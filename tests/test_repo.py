@@ -1,0 +1,102 @@
+"""What holds for all source files: equations have lines and lines equations, examples run, imports go one way, nothing unsafe."""
+
+import ast
+import doctest
+import importlib
+import io
+import re
+import sys
+import tokenize
+
+import pytest
+from conftest import ROOT
+
+FILES = ("data", "model", "reward", "grpo", "kernels", "eval", "train")  # the reading order, but for eval, which train imports
+MAY_IMPORT = {"data": "", "model": "data", "reward": "data model", "grpo": "data model reward", "kernels": "data model grpo",
+              "eval": "data model reward grpo kernels", "train": "data model reward grpo kernels eval"}  # fmt: skip
+PACKAGES = {"torch", "numpy", "PIL", "tokenizers", "safetensors", "tqdm", "matplotlib"}
+
+
+def source(name):
+    return (ROOT / f"{name}.py").read_text(encoding="utf-8")
+
+
+def comments(text):
+    return [t.string for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT]
+
+
+def calls(tree):
+    """Every call in a syntax tree, by its dotted name: 'torch.load', 'eval'; a call on something unnamed ends in its method."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield re.sub(r"^.*[)\]]\.", "?.", ast.unparse(node.func)), node
+
+
+def imported(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_the_list_of_files_is_complete():
+    assert {f"{name}.py" for name in FILES} == {path.name for path in ROOT.glob("*.py")}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_equation_has_a_line_and_every_tagged_line_an_equation(name):
+    text = source(name)
+    listed = set(re.findall(r"\([A-Z]\d+\)", ast.get_docstring(ast.parse(text)) or ""))
+    tagged = {tag for c in comments(text) if re.fullmatch(r"#( \([A-Z]\d+\))+", c) for tag in re.findall(r"\([A-Z]\d+\)", c)}
+    assert listed == tagged, f"no line: {sorted(listed - tagged)}; no equation: {sorted(tagged - listed)}"
+    assert listed or name == "data"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_examples_in_docstrings_run(name):
+    failed, attempted = doctest.testmod(importlib.import_module(name))
+    assert failed == 0 and attempted == source(name).count(">>> ")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_opens_with_what_it_is_and_the_command_that_exercises_it(name):
+    doc = ast.get_docstring(ast.parse(source(name)))
+    assert len(doc.splitlines()) > 5 and re.search(r"(train|eval|data|model|kernels)\.py", doc.split("\n\n")[-1])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_one_way_and_use_only_the_packages_that_are_required(name):
+    modules = set(imported(ast.parse(source(name))))
+    assert modules & set(FILES) <= set(MAY_IMPORT[name].split())
+    assert modules - set(FILES) - sys.stdlib_module_names <= PACKAGES
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_is_unpickled_evaluated_or_run_in_a_shell(name):
+    tree = ast.parse(source(name))
+    assert not {"pickle", "shelve", "dill", "joblib", "marshal"} & set(imported(tree))
+    for called, node in calls(tree):
+        assert called not in {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.save"}, node.lineno
+        flags = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        assert flags.get("shell") != "True" and flags.get("allow_pickle", "False") == "False", node.lineno
+        assert called != "np.load" or "allow_pickle" in flags, node.lineno
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_importing_a_file_defines_things_and_starts_no_work(name):
+    for node in ast.parse(source(name)).body:
+        plain = isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign))
+        main = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+        text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        pairs = ast.unparse(node) == "random.Random(0).shuffle(_pairs)"  # which pairs of kinds are held out
+        assert plain or main or text or pairs, f"{name}.py:{node.lineno}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_exception_is_swallowed_and_no_work_is_left_undone(name):
+    text = source(name)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None and not all(isinstance(s, ast.Pass) for s in node.body), node.lineno
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
