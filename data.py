@@ -201,7 +201,8 @@ class Caption(NamedTuple):
         return [(m.color, m.shape) for m in self.mentions]
 
 
-_MENTION = re.compile(r"a(?: (small|big))?(?: (red|green|blue|yellow))? (circle|square|triangle|shape)(?: at the (top|bottom) (left|right))?")
+_LOOK = r"a(?: (small|big))?(?: (red|green|blue|yellow))? (circle|square|triangle|shape)"
+_MENTION = re.compile(_LOOK + r"(?: at the (top|bottom) (left|right))?")
 _BETWEEN = re.compile(r" (and|left of|right of|above|below) (?=a )")
 
 
@@ -791,7 +792,8 @@ def main():
     for pool in COUNTS:
         scene = sample_scene(rng, pool)
         caption = true_caption(rng, scene)
-        print(f"{pool:9} {caption.text()}\n{'':9} noisy: {noisy_caption(rng, caption, pool).text()}\n{'':9} {' -> '.join(question(rng, scene))}")
+        print(f"{pool:9} {caption.text()}\n{'':9} noisy: {noisy_caption(rng, caption, pool).text()}")
+        print(f"{'':9} {' -> '.join(question(rng, scene))}")
         if len(scene) > 1:
             print(f"{'':9} {' -> '.join(multihop_question(rng, scene))}")
     world, start, n = World(), time.perf_counter(), 8000

@@ -257,7 +257,8 @@ class Evaluator:
             pictures = self.outputs(examples, t)
             right = self.judge.draw(examples, pictures)[0].reshape(prompts, group)
             distinct, distance = diversity(pictures.reshape(prompts, group, *pictures.shape[1:]), right)
-            rows.append({"temperature": t, "compose": round(float(right.mean()), 4), "diversity": tidy(distinct), "distance": tidy(distance)})
+            rows.append({"temperature": t, "compose": round(float(right.mean()), 4), "diversity": tidy(distinct),
+                         "distance": tidy(distance)})  # fmt: skip
         return rows
 
     @torch.no_grad()
@@ -289,9 +290,13 @@ def decode(vocab, codebook, task, batch, tokens):
 
 
 TEMPERATURES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-METRICS = {"understanding": ("vqa", "vqa_three", "retrieval_i2t_r1", "retrieval_t2i_r1", "caption", "caption_three"),
-           "generation": ("compose", "compose_heldout", "compose_pairs", "compose_unprompted", "clip_score", "frechet", "story", "diversity", "diversity_heldout"),
-           "reasoning": ("visual", "multihop", "multihop_three"), "language": ("text_nll",)}  # fmt: skip
+METRICS = {  # group: metrics; those that no task of a run gives are null
+    "understanding": ("vqa", "vqa_three", "retrieval_i2t_r1", "retrieval_t2i_r1", "caption", "caption_three"),
+    "generation": ("compose", "compose_heldout", "compose_pairs", "compose_unprompted", "clip_score", "frechet", "story",
+                   "diversity", "diversity_heldout"),  # fmt: skip
+    "reasoning": ("visual", "multihop", "multihop_three"),
+    "language": ("text_nll",),
+}
 
 
 def measure(evaluator, clip, n=1000):
@@ -332,11 +337,12 @@ def evaluate(models, vocab, codebook, source, judge, clip, n=1000, seed=0, promp
         test = Evaluator(model, vocab, codebook, source, judge, "test", seed)
         result[name], result["breakdown"][name] = measure(test, clip, n)
         result["sweep"][name] = rows = sweep(test, temperatures, prompts, group)
-        chosen = Evaluator(model, vocab, codebook, source, judge, "val", seed).front(judge.pools["compose"], temperatures, max(prompts // 2, 2), 2)
-        result["best_temperature"][name] = max(chosen, key=lambda row: row["compose"])["temperature"]
-        result[name]["generation"]["diversity"] = {"value": rows[-1]["diversity"], "low": None, "high": None, "n": prompts * group}
-        if "diversity_heldout" in rows[-1]:
-            result[name]["generation"]["diversity_heldout"] = {"value": rows[-1]["diversity_heldout"], "low": None, "high": None, "n": prompts * group}
+        val = Evaluator(model, vocab, codebook, source, judge, "val", seed)
+        chosen = max(val.front(judge.pools["compose"], temperatures, max(prompts // 2, 2), 2), key=lambda row: row["compose"])
+        result["best_temperature"][name] = chosen["temperature"]
+        for key in ("diversity", "diversity_heldout"):  # at temperature 1
+            if key in rows[-1]:
+                result[name]["generation"][key] = {"value": rows[-1][key], "low": None, "high": None, "n": prompts * group}
     return result
 
 
@@ -358,7 +364,8 @@ def table(result):
             ("compose", "diversity"), ("compose_heldout", "diversity_heldout")) if q in r) for r in rows]
         lines.append(f"{rows[0]['temperature']:<22}" + "".join(f"{c:>34}" for c in cells))
     best = ", ".join(f"{m} {result['best_temperature'][m]}" for m in models)
-    return "\n".join([*lines, f"(left: seen kinds of prompts, right: prompts whose pictures were never seen; best temperature on validation: {best})"])
+    notes = ["left: seen kinds of prompts, right: three objects, which no picture in training had; best temperature on validation: " + best]
+    return "\n".join(lines + notes)
 
 
 def show(cell):
@@ -368,29 +375,54 @@ def show(cell):
 
 
 def compare(folders):
-    """Methods side by side: mean over seeds with a 95% interval (Student's t); each method at temperature 1 and at its best."""
-    runs = defaultdict(list)
+    """Methods side by side as text: mean over seeds with a 95% interval (Student's t), and paired differences to the first
+    method. Fronts are compared at each one's best temperature (chosen on validation) and at equal diversity."""
+    runs = defaultdict(dict)
     for folder in folders:
-        result = json.loads((Path(folder) / "eval.json").read_text(encoding="utf-8"))
-        runs[result["meta"]["method"]].append(result)
-    columns = {"base": [r["base"] | {"row": best_row(r, "base")} for rs in runs.values() for r in rs]}
-    seeds = {r["meta"]["seed"]: r["base"] | {"row": best_row(r, "base")} for rs in runs.values() for r in rs}
-    columns["base"] = list(seeds.values())
-    columns |= {m: [r["aligned"] | {"row": best_row(r, "aligned")} for r in rs] for m, rs in runs.items()}
-    lines = [f"{'':28}" + "".join(f"{f'{m} (n={len(rs)})':>20}" for m, rs in columns.items())]
-    for group, metrics in METRICS.items():
-        for metric in metrics:
-            cells = {m: [r[group][metric]["value"] for r in rs if r[group].get(metric)] for m, rs in columns.items()}
-            if any(cells.values()):
-                lines.append(f"{metric:28}" + "".join(f"{over_seeds(v):>20}" for v in cells.values()))
-    for metric in ("compose", "diversity", "compose_heldout", "diversity_heldout"):
-        cells = [[r["row"][metric] for r in rs if r["row"].get(metric) is not None] for rs in columns.values()]
-        lines.append(f"{metric + ' @ best T':28}" + "".join(f"{over_seeds(v):>20}" for v in cells))
+        path = Path(folder) / "eval.json"
+        if not path.is_file():
+            raise ValueError(f"{path} is not there: has this run finished? `python train.py --resume --out {folder}` goes on")
+        result = json.loads(path.read_text(encoding="utf-8"))
+        method, seed = result["meta"]["method"], result["meta"]["seed"]
+        runs[method][seed] = numbers(result, "aligned")
+        runs["base"][seed] = numbers(result, "base")
+    first, *others = sorted(runs, key=lambda m: (m == "base", m != "lvrpo", m))
+    for seed in set.intersection(*(set(r) for r in runs.values())):
+        for column in ("", "_heldout"):
+            fronts = {m: runs[m][seed]["front"] for m in runs}
+            common = min(max(row[f"diversity{column}"] or 0 for row in rows) for rows in fronts.values())
+            for m, rows in fronts.items():
+                runs[m][seed][f"compose{column} @ diversity"] = quality_at(rows, common, column) if common else None
+    heads = [f"{m} (n={len(runs[m])})" for m in (first, *others)] + [f"{first} - {m}" for m in others]
+    lines = [f"{'':30}" + "".join(f"{h:>20}" for h in heads)]
+    for metric in next(iter(runs[first].values())):
+        values = {m: {s: r[metric] for s, r in by_seed.items() if r.get(metric) is not None} for m, by_seed in runs.items()}
+        if metric != "front" and any(values.values()):
+            cells = [over_seeds(list(values[m].values())) for m in (first, *others)]
+            cells += [over_seeds([values[first][s] - values[m][s] for s in values[first] if s in values[m]]) for m in others]
+            lines.append(f"{metric:30}" + "".join(f"{c:>20}" for c in cells))
     return "\n".join(lines)
 
 
-def best_row(result, model):
-    return next(row for row in result["sweep"][model] if row["temperature"] == result["best_temperature"][model])
+def numbers(result, model):
+    """{metric: value} of one model of an eval.json: at temperature 1, at its best temperature, and its front."""
+    flat = {m: (cell or {}).get("value") for group in METRICS for m, cell in result[model][group].items()}
+    best = next(row for row in result["sweep"][model] if row["temperature"] == result["best_temperature"][model])
+    return flat | {f"{k} @ best T": v for k, v in best.items() if not k.startswith("distance")} | {"front": result["sweep"][model]}
+
+
+def quality_at(rows, diversity, column=""):
+    """The best quality a front offers at this diversity or more, between two temperatures by linear interpolation.
+
+    >>> quality_at([{"compose": 0.9, "diversity": 0.2}, {"compose": 0.7, "diversity": 0.6}], 0.4)
+    0.8
+    """
+    points = sorted((row[f"diversity{column}"] or 0.0, row[f"compose{column}"]) for row in rows)
+    best = max((q for d, q in points if d >= diversity), default=None)
+    for (d0, q0), (d1, q1) in itertools.pairwise(points):
+        if d0 < diversity <= d1:
+            best = max(best, q0 + (q1 - q0) * (diversity - d0) / (d1 - d0))
+    return best if best is None else round(best, 4)
 
 
 def over_seeds(values):

@@ -276,7 +276,8 @@ def main():
     codebook = Codebook.fit(pictures, 1024, patch=8)
     vocab = Vocabulary.train([e.prompt for e in examples], len(codebook.entries), codebook.side**2)
     model = Transformer(ModelConfig(vocab.size, codebook.side))
-    print(f"codebook: {vocab.n_codes} entries, {codebook.psnr(pictures):.1f} dB · {sum(p.numel() for p in model.parameters()):,} parameters")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"codebook: {vocab.n_codes} entries, {codebook.psnr(pictures):.1f} dB · {size:,} parameters")
     batch = vocab.batch(examples, codebook.encode(pictures))
     for cached in (True, False):
         start = time.perf_counter()

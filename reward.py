@@ -136,7 +136,8 @@ def exact_match(text, key):
 def well_formed(text):
     """1.0 for exactly one `<think> steps </think> answer` with steps that are not empty, else 0.0."""
     words = text.split()
-    return float(words[:1] == [THINK] and words.count(THINK) == words.count(END_THINK) == 1 and words[-2:-1] == [END_THINK] and len(words) > 4)
+    once = words.count(THINK) == words.count(END_THINK) == 1
+    return float(once and words[0] == THINK and words[-2] == END_THINK and len(words) > 3)
 
 
 class Rewards:

@@ -120,8 +120,15 @@ PRESETS = {
                 clip_width=128, grpo_steps=60, prompts=64, eval_items=2000),
 }  # fmt: skip
 STAGES = {"lvrpo": ("codebook", "pretrain", "clip", "grpo", "eval"), "unified": ("codebook", "pretrain", "clip", "unified", "eval")}
-CHOICES = {"preset": ("auto", *PRESETS), "device": ("auto", "cuda", "mps", "cpu"), "method": tuple(STAGES), "scale": ("group", "batch", "none"),
-           "advantage": ("mean", "pairwise", "parts"), "reduction": ("token", "sequence", "constant"), "level": ("token", "sequence")}  # fmt: skip
+CHOICES = {
+    "preset": ("auto", *PRESETS),
+    "device": ("auto", "cuda", "mps", "cpu"),
+    "method": tuple(STAGES),
+    "scale": ("group", "batch", "none"),
+    "advantage": ("mean", "pairwise", "parts"),
+    "reduction": ("token", "sequence", "constant"),
+    "level": ("token", "sequence"),
+}
 TASK_MIX = {"draw": 4, "caption": 2, "ask": 4, "reason": 1, "text": 1}  # of a pre-training batch
 GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5}  # weight of each task's mean token loss: a picture's
 # reward is spread over 16 tokens or 64, a short answer's over two, so the mean over tokens would let answers dominate
@@ -133,7 +140,8 @@ def parse_flags(argv=None):
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     for f in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "choices": CHOICES.get(f.name)}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f"{comments[f.name]} [{f.default}]".replace("%", "%%"), **kind)
+        help_text = f"{comments[f.name]} [{f.default}]".replace("%", "%%")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=help_text, **kind)
     return make_config(**vars(parser.parse_args(argv)))
 
 
@@ -147,20 +155,29 @@ def make_config(**given):
         preset = "gpu" if pick_device(given.get("device", "auto"))[0].type == "cuda" else "cpu"
     c = Config(**{**PRESETS[preset], **given, "preset": preset})
     c.out = c.out or f"runs/{c.method}-{c.preset}-{c.seed}"
-    positive = ("codes", "width", "layers", "heads", "pretrain_steps", "batch", "lr", "clip_steps", "clip_batch", "clip_width", "clip_lr",
-                "grpo_steps", "prompts", "epochs", "grpo_lr", "temperature", "max_kl", "eval_items", "eval_prompts")  # fmt: skip
+    positive = ("codes", "width", "layers", "heads", "pretrain_steps", "batch", "lr", "clip_steps", "clip_batch", "clip_edits",
+                "clip_width", "clip_lr", "grpo_steps", "prompts", "epochs", "grpo_lr", "temperature", "max_kl", "eval_items",
+                "eval_prompts")  # fmt: skip
+    stages = STAGES[c.method]
     checks = [(getattr(c, n) > 0, n, "more than 0") for n in positive] + [
-        (c.patch in (4, 8, 16), "patch", "4, 8 or 16"), (c.jitter in (0, 1), "jitter", "0 or 1"), (c.group_size > 1, "group_size", "at least 2"),
-        (c.kl_coef >= 0, "kl_coef", "0 or more"), (c.ptx_coef >= 0, "ptx_coef", "0 or more"), (0 < c.clip_low < 1, "clip_low", "between 0 and 1"),
-        (c.clip_high > 0, "clip_high", "more than 0"), (c.width % (2 * c.heads) == 0, "width", f"a multiple of 2 x heads = {2 * c.heads}"),
-        (c.clip_width % 8 == 0, "clip_width", "a multiple of 8"), (c.seed >= 0, "seed", "0 or more"),
+        (c.patch in (4, 8, 16), "patch", "4, 8 or 16"),
+        (c.jitter in (0, 1), "jitter", "0 or 1"),
+        (c.group_size > 1, "group_size", "at least 2"),
+        (c.kl_coef >= 0, "kl_coef", "0 or more"),
+        (c.ptx_coef >= 0, "ptx_coef", "0 or more"),
+        (0 < c.clip_low < 1, "clip_low", "between 0 and 1"),
+        (c.clip_high > 0, "clip_high", "more than 0"),
+        (c.width % (2 * c.heads) == 0, "width", f"a multiple of 2 x heads = {2 * c.heads}"),
+        (c.clip_width % 8 == 0, "clip_width", "a multiple of 8"),
+        (c.seed >= 0, "seed", "0 or more"),
         (set(c.data.split(",")) <= set(SOURCES), "data", f"names from {', '.join(SOURCES)}, comma-separated"),
-        (c.stage == "all" or set(c.stage.split(",")) <= set(STAGES[c.method]), "stage", f"all, or names from {', '.join(STAGES[c.method])}"),
-    ]  # fmt: skip
+        (c.stage == "all" or set(c.stage.split(",")) <= set(stages), "stage", f"all, or names from {', '.join(stages)}"),
+    ]
     for ok, name, legal in checks:
         if not ok:
-            near = get_close_matches(str(getattr(c, name)), list(SOURCES) + list(STAGES[c.method]), 1)
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected {legal}" + (f"; did you mean {near[0]}?" if near else ""))
+            near = get_close_matches(str(getattr(c, name)), [*SOURCES, *stages], 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected {legal}{hint}")
     return c
 
 
@@ -291,7 +308,8 @@ class Trainer:
             first = load_state(model, optimizers, path)
             print(f"{stage}: goes on at step {first}")
         log, saved = Log(self.folder, stage, first), time.monotonic()
-        bar = tqdm(range(first, steps), initial=first, total=steps, desc=f"{stage:9}", mininterval=1 if sys.stderr.isatty() else 15, ncols=110)
+        pace = 1 if sys.stderr.isatty() else 15  # seconds between two states of the bar; a log file wants few
+        bar = tqdm(range(first, steps), initial=first, total=steps, desc=f"{stage:9}", mininterval=pace, ncols=110)
         self.learning = True
         for step in bar:
             start = time.perf_counter()
@@ -307,9 +325,10 @@ class Trainer:
                 else:
                     skipped += 1
                     if skipped > 5:
-                        raise Stopped(f"{stage}: the loss or gradient was not finite {skipped} times (step {step}); try a lower learning rate "
-                                      f"than {lr:g}. The last good state is kept: --resume --out {self.folder}")
-                row |= {"loss": float(sum(x.detach() for x in parts.values())), "grad_norm": total, "lr": lr * schedule(step, steps), "skipped": skipped, **norms}
+                        raise Stopped(f"{stage}: the loss or gradient was not finite {skipped} times, last at step {step}; try a lower "
+                                      f"learning rate than {lr:g}. The last good state is kept: --resume --out {self.folder}")  # fmt: skip
+                loss = float(sum(x.detach() for x in parts.values()))
+                row |= {"loss": loss, "grad_norm": total, "lr": lr * schedule(step, steps), "skipped": skipped, **norms}
             row = {k: float(v) for k, v in row.items()}
             seconds = {k: row.pop(k) for k in [k for k in row if k.startswith("seconds")]}
             row |= after(step, model) if after else {}
@@ -318,13 +337,14 @@ class Trainer:
             bar.set_postfix({k: f"{row[k]:.3g}" for k in ("loss", "reward_draw", "reward_ask", "kl_draw", "r1") if k in row}, refresh=False)
             diverged = diverged + 1 if row.get("kl_draw", 0) > c.max_kl else 0
             if diverged == 5:
-                raise Stopped(f"{stage}: the KL to the base passed {c.max_kl} nats a token for five steps (step {step}); raise --kl-coef or lower "
-                              f"--grpo-lr. The last good state is kept: --resume --out {self.folder}")
+                raise Stopped(f"{stage}: the KL to the base passed {c.max_kl} nats a token for five steps, last at step {step}; raise "
+                              f"--kl-coef or lower --grpo-lr. The last good state is kept: --resume --out {self.folder}")  # fmt: skip
             if (time.monotonic() - saved > 60 or self.interrupted) and step + 1 < steps:
                 save_atomically(flat_state(model, optimizers), path, step=step + 1)
                 saved = time.monotonic()
             if self.interrupted:
-                raise Stopped(f"interrupted in {stage} at step {step + 1}; go on with: python train.py --resume --out {self.folder}", 128 + self.interrupted)
+                go_on = f"go on with: python train.py --resume --out {self.folder}"
+                raise Stopped(f"interrupted in {stage} at step {step + 1}; {go_on}", 128 + self.interrupted)
         self.learning = False
         return model
 
@@ -356,7 +376,8 @@ class Trainer:
     def codebook_stage(self):
         """Patches and words of all data sets."""
         c, rng = self.config, self.rng("codebook")
-        pictures = np.stack([s.example(rng, "caption", pool).picture for s in self.sources for pool in ("paired", "three") for _ in range(2000)])
+        pools = ("paired", "three") * 2000
+        pictures = np.stack([s.example(rng, "caption", pool).picture for s in self.sources for pool in pools])
         codebook = Codebook.fit(pictures, c.codes, c.patch, seed=c.seed)
         for s in self.sources:
             sample = np.stack([s.example(rng, "caption", split="val").picture for _ in range(500)])
@@ -456,13 +477,15 @@ class Trainer:
             asked = evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", self.config.seed)
             for name, pools in list(judge.pools.items())[:2]:  # never on what no prompt may name
                 examples = asked.examples("draw", prompts, pools)
-                pictures = asked.outputs([e for e in examples for _ in range(group)])
+                repeated = [e for e in examples for _ in range(group)]
+                pictures = asked.outputs(repeated)
                 reward = rewards(source, "draw", examples, pictures, self.rng("validity"))["clip"]
-                failed = judge.failed([e for e in examples for _ in range(group)], pictures)
+                failed = judge.failed(repeated, pictures)
                 right = torch.tensor([not f for f in failed]).view(prompts, group)
                 found[f"{source.name} {name}"] = agreement(reward, right, ~right)
                 for kind in sorted(set().union(*failed)):  # against candidates whose only fault is of this kind
-                    found[f"{source.name} {name} {kind}"] = agreement(reward, right, torch.tensor([f == {kind} for f in failed]).view(prompts, group))
+                    only = torch.tensor([f == {kind} for f in failed]).view(prompts, group)
+                    found[f"{source.name} {name} {kind}"] = agreement(reward, right, only)
         found = {k: round(v, 3) for k, v in found.items() if v == v}
         (self.folder / "reward_validity.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
         print("reward validity, share of (right, wrong) pairs of a group in order: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
@@ -478,7 +501,8 @@ class Trainer:
         def sampled(rng, task):
             """One rollout of a task, from one source."""
             source = rng.choice([s for s in self.sources if task in s.tasks])
-            examples = [source.example(rng, task, source.prompt_pool(rng, task)) for _ in range(c.prompts if task == "draw" else max(c.prompts // 2, 1))]
+            n = c.prompts if task == "draw" else max(c.prompts // 2, 1)
+            examples = [source.example(rng, task, source.prompt_pool(rng, task)) for _ in range(n)]
             batch = self.vocab.batch(examples, self.codebook.encode(np.stack([e.picture for e in examples])), self.device)
             parts = {}
 
@@ -549,10 +573,12 @@ class Trainer:
         for source, judge in evaluation.judges(vars(self.config), self.sources):
             asked = evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", 1)
             examples = [e for pools in judge.pools.values() for e in asked.examples("draw", 3 if len(judge.pools) > 1 else 8, pools)]
-            pictures = asked.outputs([e for e in examples for _ in range(per_prompt)])
-            right = judge.draw([e for e in examples for _ in range(per_prompt)], pictures)[0]
-            rows += [(e.prompt, pictures[i * per_prompt :][:per_prompt], right[i * per_prompt :][:per_prompt]) for i, e in enumerate(examples)]
+            repeated = [e for e in examples for _ in range(per_prompt)]
+            pictures = asked.outputs(repeated)
+            groups = zip(np.split(pictures, len(examples)), np.split(judge.draw(repeated, pictures)[0], len(examples)))
+            rows += [(e.prompt, *group) for e, group in zip(examples, groups)]
         contact_sheet(rows).save(self.folder / "samples" / f"{name}.png")
+        return rows
 
     def eval_stage(self):
         c, start = self.config, time.perf_counter()
@@ -560,10 +586,12 @@ class Trainer:
         clip = evaluation.load_clip(self.folder, "clip_report", self.vocab, vars(c), self.device)
         results = {}
         for source, judge in evaluation.judges(vars(c), self.sources):
-            results[source.name] = evaluation.evaluate(models, self.vocab, self.codebook, source, judge, clip, c.eval_items, c.seed, c.eval_prompts)
-            print(f"\n{source.name}\n{evaluation.table(results[source.name])}")
-        for name, model in models.items():
-            self.draw_samples(model, name)
+            result = evaluation.evaluate(models, self.vocab, self.codebook, source, judge, clip, c.eval_items, c.seed, c.eval_prompts)
+            results[source.name] = result
+            print(f"\n{source.name}\n{evaluation.table(result)}")
+        before, after = (self.draw_samples(model, name) for name, model in models.items())
+        both = [(prompt, np.concatenate((a[:4], b[:4])), [*x[:4], *y[:4]]) for (prompt, a, x), (_, b, y) in zip(before, after)]
+        contact_sheet(both, ("before", "after")).save(self.folder / "samples" / "before_after.png")
         frames = [Image.open(p).convert("P") for p in sorted((self.folder / "samples").glob("grpo_*.png"))]
         if frames:
             frames[0].save(self.folder / "samples.gif", save_all=True, append_images=frames[1:], duration=500, loop=0)
@@ -577,8 +605,8 @@ class Trainer:
     def run(self):
         """Every stage whose result is not there yet, in order."""
         c = self.config
-        done = {"codebook": "codebook.safetensors", "pretrain": "base.safetensors", "clip": "reward_validity.json", "grpo": "aligned.safetensors",
-                "unified": "aligned.safetensors", "eval": "eval.json"}  # fmt: skip
+        done = {"codebook": "codebook.safetensors", "pretrain": "base.safetensors", "clip": "reward_validity.json",
+                "grpo": "aligned.safetensors", "unified": "aligned.safetensors", "eval": "eval.json"}  # fmt: skip
         wanted = STAGES[c.method] if c.stage == "all" else [s for s in STAGES[c.method] if s in c.stage.split(",")]
         for stage in wanted:
             if (self.folder / done[stage]).exists() and not (c.stage != "all" and stage == "eval"):
@@ -595,17 +623,23 @@ class Trainer:
 # ---------------------------------------------------------------- pictures and files of a run
 
 
-def contact_sheet(rows, zoom=2):
-    """One line a prompt: the words, then its pictures, framed green where the judge found them right, else red."""
-    size = 32 * zoom + 6
-    sheet = Image.new("RGB", (430 + size * max(len(p) for _, p, _ in rows), size * len(rows)), "white")
+def contact_sheet(rows, titles=(), zoom=2, words=330):
+    """One line a prompt: the words, then its pictures, framed green where the judge found them right, else red. With
+    titles, the pictures stand in as many blocks, a gap between them."""
+    size, per_row = 32 * zoom + 6, max(len(p) for _, p, _ in rows)
+    block, top = per_row // max(len(titles), 1), 20 if titles else 0
+    sheet = Image.new("RGB", (words + size * per_row + 12 * len(titles), top + size * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
+    for i, title in enumerate(titles):
+        draw.text((words + i * (block * size + 12), 4), title, fill="black")
     for y, (prompt, pictures, right) in enumerate(rows):
-        draw.text((8, y * size + size // 2 - 6), prompt, fill="black")
+        half = len(prompt) > 52 and prompt.rfind(" ", 0, 52)
+        text = prompt[:half] + "\n" + prompt[half + 1 :] if half else prompt
+        draw.multiline_text((8, top + y * size + size // 2 - 6), text, fill="black")
         for x, (picture, ok) in enumerate(zip(pictures, right)):
-            box = 430 + x * size, y * size
-            draw.rectangle((*box, box[0] + size - 2, box[1] + size - 2), fill=(40, 160, 60) if ok else (210, 60, 50))
-            sheet.paste(Image.fromarray(picture).resize((32 * zoom,) * 2, Image.Resampling.NEAREST), (box[0] + 2, box[1] + 2))
+            left, upper = words + x * size + x // block * 12, top + y * size
+            draw.rectangle((left, upper, left + size - 2, upper + size - 2), fill=(40, 160, 60) if ok else (210, 60, 50))
+            sheet.paste(Image.fromarray(picture).resize((32 * zoom,) * 2, Image.Resampling.NEAREST), (left + 2, upper + 2))
     return sheet
 
 
@@ -661,30 +695,33 @@ def stage_seconds(folder):
 
 def describe(config):
     """What a result needs beside it: configuration, command, commit, machine, versions."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     machine = f"{gpu or platform.processor() or platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {"preset": config.preset, "method": config.method, "data": config.data, "seed": config.seed, "commit": commit, "machine": machine,
-            "command": "python " + " ".join(sys.argv), "versions": versions, "noise": NOISE, "config": dataclasses.asdict(config)}  # fmt: skip
+    return {name: getattr(config, name) for name in ("preset", "method", "data", "seed")} | {
+        "commit": commit.stdout.strip(), "machine": machine, "command": "python " + " ".join(sys.argv), "versions": versions,
+        "noise": NOISE, "config": dataclasses.asdict(config)}  # fmt: skip
 
 
 def take_over(config, folder):
     """Copy what --base already trained; a unified run gets as many steps as fit the seconds that lvrpo needed there."""
     base = Path(config.base)
-    kept = ("codebook.safetensors", "tokenizer.json", "words.json", "base.safetensors", "clip.safetensors", "clip_report.safetensors", "reward_validity.json")
+    kept = ("codebook.safetensors", "tokenizer.json", "words.json", "base.safetensors", "clip.safetensors", "clip_report.safetensors",
+            "reward_validity.json")  # fmt: skip
     for name in kept:
         if not (base / name).is_file():
             raise ValueError(f"--base {base}: {name} is not there; train it first with `python train.py --out {base}`")
     theirs = json.loads((base / "config.json").read_text(encoding="utf-8"))
     shape = ("data", "patch", "codes", "jitter", "width", "layers", "heads", "clip_width")
-    different = [n for n in shape if theirs[n] != getattr(config, n)]
+    different = [f"{n} {theirs[n]} (here {getattr(config, n)})" for n in shape if theirs[n] != getattr(config, n)]
     if different:
-        raise ValueError(f"--base {base} has another configuration: " + ", ".join(f"{n} {theirs[n]}" for n in different) + f" (here {', '.join(str(getattr(config, n)) for n in different)})")
+        raise ValueError(f"--base {base} has another configuration: {', '.join(different)}")
     if config.method == "unified" and not config.extra_steps:
-        seconds = stage_seconds(base)
-        config.extra_steps = max(1, round((seconds.get("clip", 0) + seconds.get("grpo", 0)) / seconds["pretrain"] * theirs["pretrain_steps"]))
-        print(f"unified: {config.extra_steps} further steps, for {seconds.get('clip', 0) + seconds.get('grpo', 0):.0f} s of clip and grpo in {base}")
+        spent = stage_seconds(base)
+        seconds = spent.get("clip", 0) + spent.get("grpo", 0)
+        config.extra_steps = max(1, round(seconds / spent["pretrain"] * theirs["pretrain_steps"]))
+        print(f"unified: {config.extra_steps} further steps, for the {seconds:.0f} s of clip and grpo in {base}")
     folder.mkdir(parents=True, exist_ok=True)
     for name in kept:
         shutil.copy(base / name, folder / name)
