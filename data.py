@@ -7,7 +7,8 @@ is limited on purpose, so that later claims can be tested:
   pool        objects  pairs of kinds          pictures with texts   prompts in GRPO   judged as
   paired      1-2      common                  yes (noisy captions)  yes               compose
   prompted    2        8 "prompt-only" pairs   never                 yes               compose_pairs
-  three       3        no held-out pair        never                 yes               compose_heldout
+  three       3        no held-out pair        pictures alone,       yes               compose_heldout
+                                               texts alone
   heldout     3        8 held-out pairs        never                 never             compose_unprompted
 
 A kind is a colour and a shape (12 of them); what is held out are *co-occurrences* of two kinds, never a kind itself:

@@ -332,7 +332,7 @@ def sweep(evaluator, temperatures=TEMPERATURES, prompts=128, group=8):
 
 def evaluate(models, vocab, codebook, source, judge, clip, n=1000, seed=0, prompts=128, group=8, temperatures=TEMPERATURES):
     """The numbers of eval.json for {"base": model, "aligned": model} (meta is the caller's)."""
-    result = {"sweep": {}, "breakdown": {}, "best_temperature": {}}
+    result = {"sweep": {}, "breakdown": {}, "best_temperature": {}, "judge_accuracy": getattr(judge, "accuracy", 1.0)}
     for name, model in models.items():
         test = Evaluator(model, vocab, codebook, source, judge, "test", seed)
         result[name], result["breakdown"][name] = measure(test, clip, n)
@@ -363,9 +363,13 @@ def table(result):
         cells = [" | ".join(f"{100 * r[q]:.0f} @ {100 * (r[d] or 0):.0f}" for q, d in (
             ("compose", "diversity"), ("compose_heldout", "diversity_heldout")) if q in r) for r in rows]
         lines.append(f"{rows[0]['temperature']:<22}" + "".join(f"{c:>34}" for c in cells))
+    if result["judge_accuracy"] < 1:
+        lines.append(f"the judge itself is right on {result['judge_accuracy']:.1%} of real test pictures")
     best = ", ".join(f"{m} {result['best_temperature'][m]}" for m in models)
-    notes = ["left: seen kinds of prompts, right: three objects, which no picture in training had; best temperature on validation: " + best]
-    return "\n".join(lines + notes)
+    lines.append(f"best temperature, chosen on validation prompts: {best}")
+    if "compose_heldout" in rows[0]:
+        lines.append("left of |: kinds of prompts that had pictures in training; right: three objects, which never did")
+    return "\n".join(lines)
 
 
 def show(cell):

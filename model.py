@@ -146,15 +146,14 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x, positions, causal=True, mask=None, cache=None):
+    def forward(self, x, positions, causal=True, mask=None, cache=None, first=0):
         """x (N, L, C) at positions (L,). mask: (N, 1, 1, L) bool, keys that may be looked at. cache: (keys, values),
-        each (N, H, longest, D), written at `positions` and read up to the last of them."""
+        each (N, H, longest, D), written from position `first` on and read up to the last position written."""
         n, length, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         # queries and keys of equal length: attention logits stay within +-REACH and cannot blow up at high learning rates
         q, k = rotate(F.rms_norm(q, (q.shape[-1],)), positions), rotate(F.rms_norm(k, (k.shape[-1],)), positions)
         if cache is not None:
-            first = int(positions[0])
             for store, new in zip(cache, (k, v)):
                 store[:, :, first : first + length] = new
             k, v = (store[:, :, : first + length] for store in cache)
@@ -200,7 +199,7 @@ class Transformer(nn.Module):
         x = x + place * (patch >= 0).unsqueeze(-1)
         positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
         for i, block in enumerate(self.blocks):
-            x = block(x, positions, cache=cache and cache[i])
+            x = block(x, positions, cache=cache and cache[i], first=first)
         return self.norm(x).to(self.compute_dtype)
 
     def new_cache(self, n, length):

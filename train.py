@@ -8,6 +8,8 @@
   grpo       the aligned policy                        its own samples, rewarded; prompts alone    aligned.safetensors
   unified    (instead of clip and grpo) the obvious    more of pretrain's pairs, for the seconds   aligned.safetensors
              alternative: more next-token training     that clip and grpo took
+  filtered   the same, with the reward but without     only those of the pairs whose caption the   aligned.safetensors
+             RL: a control                             reward believes
   eval       nothing                                   test scenes                                 eval.json, curves.png, samples/
 
   (T1) L = mean_task weight_task * L_grpo(task) + ptx_coef * L_nexttoken     the pre-training loss is kept in the GRPO
@@ -26,6 +28,7 @@ import argparse
 import csv
 import dataclasses
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -61,7 +64,7 @@ from reward import CLIP, Rewards, agreement, clip_loss, text_ids
 class Config:
     preset: str = "auto"  # smoke, cpu or gpu; auto picks gpu on a CUDA device, else cpu
     device: str = "auto"  # auto, cuda, mps or cpu
-    method: str = "lvrpo"  # lvrpo (align with GRPO) or unified (spend the same seconds on more next-token training)
+    method: str = "lvrpo"  # lvrpo (GRPO), unified (more next-token training), filtered (that, on pairs the reward believes)
     data: str = "synthetic"  # data sets, comma-separated: synthetic, fashion_mnist
     data_dir: str = "data"  # the parent of fashion_mnist/
     download: bool = False  # fetch missing public data from the official addresses
@@ -119,7 +122,8 @@ PRESETS = {
     "gpu": dict(patch=4, jitter=1, width=384, layers=8, heads=6, pretrain_steps=2500, batch=512, lr=2e-3, clip_steps=800, clip_batch=512,
                 clip_width=128, grpo_steps=60, prompts=64, eval_items=2000),
 }  # fmt: skip
-STAGES = {"lvrpo": ("codebook", "pretrain", "clip", "grpo", "eval"), "unified": ("codebook", "pretrain", "clip", "unified", "eval")}
+STAGES = {method: ("codebook", "pretrain", "clip", last, "eval") for method, last in (
+    ("lvrpo", "grpo"), ("unified", "unified"), ("filtered", "filtered"))}  # fmt: skip
 CHOICES = {
     "preset": ("auto", *PRESETS),
     "device": ("auto", "cuda", "mps", "cpu"),
@@ -130,6 +134,8 @@ CHOICES = {
     "level": ("token", "sequence"),
 }
 TASK_MIX = {"draw": 4, "caption": 2, "ask": 4, "reason": 1, "text": 1}  # of a pre-training batch
+ALONE = 0.15  # share of the pictures to draw that come without words, half of them with three objects: pictures alone are
+# cheap too; it is what guidance needs, and it lets a policy sample, once in a while, what no caption ever showed it
 GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5}  # weight of each task's mean token loss: a picture's
 # reward is spread over 16 tokens or 64, a short answer's over two, so the mean over tokens would let answers dominate
 
@@ -402,21 +408,21 @@ class Trainer:
     def pairs(self, rng, n, believed=None):
         """n pre-training examples as two Batches of similar length (padding is work for nothing), less those that
         `believed`(source, examples) -> (N,) bool turns down."""
-        examples, places = [], []
+        rows = []  # (source, example, are its words blanked out?)
         for _ in range(n):
             source = rng.choice(self.sources)
             task = rng.choice([t for t in source.tasks for _ in range(TASK_MIX[t])])
-            examples.append(source.example(rng, task, noise=NOISE))
-            places.append(source)
+            alone = task == "draw" and rng.random() < ALONE
+            pool = rng.choice(("paired", "three")) if alone else "paired"
+            rows.append((source, source.example(rng, task, pool, noise=NOISE), alone))
         if believed:
-            examples = [e for e, ok in zip(examples, believed(places, examples, rng)) if ok]
+            rows = list(itertools.compress(rows, believed(*zip(*((s, e) for s, e, _ in rows)), rng)))
         for short in (True, False):
-            part = [e for e in examples if (e.task in ("draw", "text")) == short]
+            part = [(e, alone) for _, e, alone in rows if (e.task in ("draw", "text")) == short]
             if part:
-                codes = self.codebook.encode(np.stack([e.picture for e in part]))
-                batch = self.vocab.batch(part, codes).trim()
-                unprompted = torch.tensor([e.task == "draw" and rng.random() < 0.1 for e in part])  # for guidance
-                yield batch.blank(unprompted, self.vocab.n_text).to(self.device)
+                examples, alone = zip(*part)
+                batch = self.vocab.batch(examples, self.codebook.encode(np.stack([e.picture for e in examples]))).trim()
+                yield batch.blank(torch.tensor(alone), self.vocab.n_text).to(self.device)
 
     def next_token_loss(self, model, rng, n, believed=None):
         """Mean negative log-likelihood of all chosen tokens of n pre-training examples."""
@@ -430,9 +436,9 @@ class Trainer:
             total, count = total - logprobs.sum(), count + int(mask.sum())
         return total / count, count
 
-    def next_token_stage(self, stage, model, steps):
+    def next_token_stage(self, stage, model, steps, believed=None):
         def losses(step):
-            loss, tokens = self.next_token_loss(model, self.rng(stage, step), self.config.batch)
+            loss, tokens = self.next_token_loss(model, self.rng(stage, step), self.config.batch, believed)
             yield {"nll": loss}, {"tokens": tokens}
 
         return self.optimise(stage, model, steps, self.config.lr, losses)
@@ -444,6 +450,13 @@ class Trainer:
     def unified_stage(self):
         model = self.next_token_stage("unified", self.policy("base"), self.config.extra_steps)
         save_atomically(model.state_dict(), self.folder / "aligned.safetensors")
+
+    def filtered_stage(self):
+        model = self.next_token_stage("filtered", self.policy("base"), self.config.extra_steps, self.rewards().believes)
+        save_atomically(model.state_dict(), self.folder / "aligned.safetensors")
+
+    def rewards(self):
+        return Rewards(evaluation.load_clip(self.folder, "clip", self.vocab, vars(self.config), self.device), self.vocab)
 
     def clip_stage(self):
         """The reward's CLIP on noisy pairs; a second one, of another seed, on clean pairs of other scenes, that only reports."""
@@ -471,7 +484,7 @@ class Trainer:
     def check_reward(self, prompts=48, group=8):
         """Reward validity before RL: does the CLIP reward rank the base model's own drawings as the judge does? Validation
         prompts only; the answer is written down and shown, nothing is chosen by it."""
-        rewards, found = Rewards(evaluation.load_clip(self.folder, "clip", self.vocab, vars(self.config), self.device), self.vocab), {}
+        rewards, found = self.rewards(), {}
         model = self.policy("base")
         for source, judge in evaluation.judges(vars(self.config), self.sources):
             asked = evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", self.config.seed)
@@ -493,8 +506,7 @@ class Trainer:
     def grpo_stage(self):
         c = self.config
         policy, reference = self.policy("base"), self.policy("base").requires_grad_(False)
-        clip = evaluation.load_clip(self.folder, "clip", self.vocab, vars(c), self.device)
-        rewards = Rewards(clip, self.vocab)
+        rewards = self.rewards()
         objective = dict(clip_low=c.clip_low, clip_high=c.clip_high, kl_coef=c.kl_coef, reduction=c.reduction, level=c.level,
                          temperature=c.temperature)  # fmt: skip
 
@@ -606,10 +618,10 @@ class Trainer:
         """Every stage whose result is not there yet, in order."""
         c = self.config
         done = {"codebook": "codebook.safetensors", "pretrain": "base.safetensors", "clip": "reward_validity.json",
-                "grpo": "aligned.safetensors", "unified": "aligned.safetensors", "eval": "eval.json"}  # fmt: skip
+                "eval": "eval.json"}  # fmt: skip
         wanted = STAGES[c.method] if c.stage == "all" else [s for s in STAGES[c.method] if s in c.stage.split(",")]
         for stage in wanted:
-            if (self.folder / done[stage]).exists() and not (c.stage != "all" and stage == "eval"):
+            if (self.folder / done.get(stage, "aligned.safetensors")).exists() and not (c.stage != "all" and stage == "eval"):
                 print(f"{stage}: already there")
                 continue
             if stage != "codebook":
@@ -652,11 +664,16 @@ def curves(folder):
 
     rows = list(csv.DictReader((folder / "metrics.csv").open(encoding="utf-8")))
     panels = {  # title: (stages, columns by prefix)
-        "next-token loss": (("pretrain", "unified"), ("loss",)), "CLIP: own caption ranked first": (("clip", "clip_report"), ("r1",)),
-        "reward (mean of a step)": (("grpo",), ("reward_",)), "judge and diversity, validation prompts": (("grpo",), ("val_",)),
-        "groups without any spread": (("grpo",), ("zero_spread_",)), "exact KL to the base, nats a token": (("grpo",), ("kl_",)),
-        "entropy, nats a token": (("grpo",), ("entropy_",)), "gradient norm by task": (("grpo",), ("grad_",)),
-        "ratios outside the clip range": (("grpo",), ("clip_low_", "clip_high_"))}  # fmt: skip
+        "next-token loss": (("pretrain", "unified", "filtered"), ("loss",)),
+        "CLIP: own caption ranked first": (("clip", "clip_report"), ("r1",)),
+        "reward (mean of a step)": (("grpo",), ("reward_",)),
+        "judge and diversity, validation prompts": (("grpo",), ("val_",)),
+        "groups without any spread": (("grpo",), ("zero_spread_",)),
+        "exact KL to the base, nats a token": (("grpo",), ("kl_",)),
+        "entropy, nats a token": (("grpo",), ("entropy_",)),
+        "gradient norm by task": (("grpo",), ("grad_",)),
+        "ratios outside the clip range": (("grpo",), ("clip_low_", "clip_high_")),
+    }
     figure, axes = plt.subplots(3, 3, figsize=(15, 10), layout="constrained")
     for ax, (title, (stages, prefixes)) in zip(axes.flat, panels.items()):
         for stage in stages:
@@ -705,7 +722,7 @@ def describe(config):
 
 
 def take_over(config, folder):
-    """Copy what --base already trained; a unified run gets as many steps as fit the seconds that lvrpo needed there."""
+    """Copy what --base already trained; a unified or filtered run gets as many steps as fit the seconds that lvrpo needed there."""
     base = Path(config.base)
     kept = ("codebook.safetensors", "tokenizer.json", "words.json", "base.safetensors", "clip.safetensors", "clip_report.safetensors",
             "reward_validity.json")  # fmt: skip
@@ -717,11 +734,11 @@ def take_over(config, folder):
     different = [f"{n} {theirs[n]} (here {getattr(config, n)})" for n in shape if theirs[n] != getattr(config, n)]
     if different:
         raise ValueError(f"--base {base} has another configuration: {', '.join(different)}")
-    if config.method == "unified" and not config.extra_steps:
+    if config.method != "lvrpo" and not config.extra_steps:
         spent = stage_seconds(base)
         seconds = spent.get("clip", 0) + spent.get("grpo", 0)
         config.extra_steps = max(1, round(seconds / spent["pretrain"] * theirs["pretrain_steps"]))
-        print(f"unified: {config.extra_steps} further steps, for the {seconds:.0f} s of clip and grpo in {base}")
+        print(f"{config.method}: {config.extra_steps} further steps, for the {seconds:.0f} s of clip and grpo in {base}")
     folder.mkdir(parents=True, exist_ok=True)
     for name in kept:
         shutil.copy(base / name, folder / name)
@@ -740,8 +757,8 @@ def main(config):
     if not saved.exists():
         if config.base:
             take_over(config, folder)
-        elif config.method == "unified" and not config.extra_steps:
-            raise ValueError("--method unified needs --base RUN (it gets the seconds that lvrpo took there) or --extra-steps")
+        elif config.method != "lvrpo" and not config.extra_steps:
+            raise ValueError(f"--method {config.method} needs --base RUN (it gets the seconds that lvrpo took there) or --extra-steps")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(saved, dataclasses.asdict(config))
 

@@ -107,12 +107,12 @@ def test_equal_captions_cost_nothing_but_what_their_edits_cost(clip, vocab, pict
 
 def test_a_few_steps_teach_which_caption_belongs_to_which_picture(vocab):
     rng, world = random.Random(0), World()
-    some = {e.prompt: e for e in (world.example(rng, "draw") for _ in range(24))}.values()
+    some = {e.prompt: e for e in (world.example(rng, "draw") for _ in range(16))}.values()
     pictures, ids = np.stack([e.picture for e in some]), text_ids(vocab, [e.prompt for e in some])
     torch.manual_seed(0)
     clip, ranked = CLIP(vocab.n_text, width=32, layers=1), []
     optimizers = make_optimizers(clip, 3e-3)
-    for _ in range(60):
+    for _ in range(50):
         edited = text_ids(vocab, [text for e in some for text in world.negatives(rng, e.prompt, 2)])
         loss, first = clip_loss(clip, pictures, ids, edited)
         clip.zero_grad()
@@ -173,8 +173,8 @@ def test_an_answer_is_right_if_its_last_word_is(text, key, value):
 
 @pytest.mark.parametrize("text, value", [
     ("<think> red circle : top left . left of it : big blue square </think> blue", 1), ("<think> red circle </think> blue", 1),
-    pytest.param("<think> red </think> blue", 1, marks=pytest.mark.xfail(strict=True, reason="reward.well_formed: `> 4` should be `> 3`")),
-    ("", 0), ("blue", 0), ("<think> </think> blue", 0), ("<think> red circle </think>", 0), ("<think> red circle </think> blue blue", 0),
+    ("<think> red </think> blue", 1), ("", 0), ("blue", 0), ("<think>", 0), ("</think> <think>", 0),
+    ("<think> </think> blue", 0), ("<think> red circle </think>", 0), ("<think> red circle </think> blue blue", 0),
     ("red circle </think> blue", 0), ("<think> red circle blue", 0), ("x <think> red circle </think> blue", 0),
     ("<think> <think> red circle </think> blue", 0), ("<think> red </think> circle </think> blue", 0),
     ("</think> red circle <think> blue", 0)])  # fmt: skip

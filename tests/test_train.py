@@ -142,8 +142,8 @@ def test_a_config_can_be_made_from_arguments_as_from_flags():
 # ---------------------------------------------------------------- commands that cannot work
 
 
-def one_line(text, name="train.py: "):
-    return text.startswith(name) and text.count("\n") == 1 and "Traceback" not in text
+def one_line(text):
+    return text.startswith("train.py: ") and text.count("\n") == 1 and "Traceback" not in text
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -152,7 +152,7 @@ def one_line(text, name="train.py: "):
     (["--out", "{run}"], "already holds a run: add --resume"), (["--resume", "--out", "{none}"], "none holds no run to resume"),
     (["--method", "unified", "--out", "{none}", "--extra-steps", "0"], "--method unified needs --base RUN"),
     (["--base", "{none}", "--out", "{none}2"], "--base .*none: codebook.safetensors is not there"),
-    (["--base", "{run}", "--width", "64", "--layers", "1", "--out", "{none}"], r"another configuration: width 32, layers 2 \(here 64, 1\)"),
+    (["--base", "{run}", "--width", "64", "--layers", "1", "--out", "{none}"], r"another configuration: width 32 \(here 64\), layers 2 \("),
     pytest.param(["--out", "{run}/eval.json"], "eval.json", marks=pytest.mark.xfail(strict=True, reason="--out is a file: traceback")),
     pytest.param(["--device", "cuda"], "--device cuda: not available here; use one of auto",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"))])  # fmt: skip
@@ -163,13 +163,11 @@ def test_a_bad_command_is_one_line_with_exit_status_2_and_writes_nothing(smoke, 
     assert before == {p: p.stat().st_mtime_ns for p in smoke.rglob("*")} and not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["train.py", "--resume", "--out", "{none}"], "none holds no run to resume"),
-    (["eval.py", "--run", "{run}", "--draw", "a crimson circle"], r"unknown word\(s\) 'crimson'")])  # fmt: skip
-def test_the_same_is_true_of_a_real_process(smoke, tmp_path, argv, message):
-    argv = [a.format(run=smoke, none=tmp_path / "none") for a in argv]
-    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and one_line(done.stderr, argv[0] + ": ") and re.search(message, done.stderr)
+def test_the_same_is_true_of_a_real_process(tmp_path):
+    """The other commands run in this process, which is quicker."""
+    command = [sys.executable, "train.py", "--preset", "smoke", "--resume", "--out", str(tmp_path / "none")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and one_line(done.stderr) and "none holds no run to resume" in done.stderr
 
 
 @pytest.mark.parametrize("argv", [["--batch", "many"], ["--preset", "huge"], ["--nonsense"]])
@@ -186,8 +184,9 @@ def test_the_run_leaves_the_files_of_the_design(smoke):
     assert there == {
         "config.json", "tokenizer.json", "words.json", "codebook.safetensors", "base.safetensors", "clip.safetensors",
         "clip_report.safetensors", "aligned.safetensors", "reward_validity.json", "metrics.csv", "timing.csv", "curves.png", "eval.json",
-        "samples.gif", "samples/base.png", "samples/aligned.png", "samples/grpo_0000.png", "samples/grpo_0004.png"}  # fmt: skip
-    for picture in ("curves.png", "samples.gif", "samples/base.png", "samples/aligned.png"):
+        "samples.gif", "samples/base.png", "samples/aligned.png", "samples/before_after.png",
+        "samples/grpo_0000.png", "samples/grpo_0004.png"}  # fmt: skip
+    for picture in (name for name in there if name.endswith(("png", "gif"))):
         with Image.open(smoke / picture) as image:
             image.load()
             assert min(image.size) > 100 and len(image.convert("RGB").getcolors(2**24)) > 3
@@ -392,6 +391,23 @@ def test_a_state_that_is_loaded_is_the_state_that_was_saved(trainer, tmp_path):
     assert sum(k.startswith("optimizer") for k in one) >= 2 * 5 + 8  # AdamW: two moments and a step for 5 tensors or more; Muon: 8 momenta
 
 
+UNCHECKED = pytest.mark.xfail(strict=True, reason="a damaged file of a run that is resumed ends in a traceback")
+
+
+@pytest.mark.parametrize("file", [pytest.param("state_grpo.safetensors", marks=UNCHECKED), pytest.param("config.json", marks=UNCHECKED)])
+def test_a_damaged_file_of_a_resumed_run_is_one_line_that_names_it(smoke, tmp_path, command, file):
+    copy = shutil.copytree(smoke, tmp_path / "copy", ignore=shutil.ignore_patterns("aligned*", "eval.json"))
+    (copy / file).write_bytes(b'{"damaged": 1}')
+    done = command("train.py", "--resume", "--out", copy)
+    assert done.status == 2 and one_line(done.err) and file in done.err
+
+
+@pytest.mark.xfail(strict=True, reason="describe() needs git on the path: without it a run ends in a traceback before eval.json")
+def test_a_machine_without_git_can_finish_a_run(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert not train.describe(make_config(**TINY))["commit"]
+
+
 # ---------------------------------------------------------------- logs and the schedule
 
 
@@ -443,7 +459,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(trainer):
 def test_training_stops_with_advice_after_a_few_steps_that_are_not_finite(trainer):
     model = trainer.policy()
     before = model.head.clone()
-    message = r"toy: the loss or gradient was not finite 6 times \(step 5\); try a lower learning rate than 0.01"
+    message = "toy: the loss or gradient was not finite 6 times, last at step 5; try a lower learning rate than 0.01"
     with pytest.raises(Stopped, match=message) as stopped:
         trainer.optimise("toy", model, 50, 0.01, toy(model, [math.nan] * 50))
     assert stopped.value.status == 1 and torch.equal(model.head, before) and len(rows(trainer.folder)) == 5
@@ -455,7 +471,7 @@ def test_training_stops_when_the_kl_stays_out_of_range_for_five_steps_on_end(tra
     def losses(step):
         yield {"loss": model.head.square().sum()}, {"kl_draw": kl[step]}
 
-    with pytest.raises(Stopped, match=r"the KL to the base passed 2.0 nats a token for five steps \(step 9\); raise --kl-coef"):
+    with pytest.raises(Stopped, match="the KL to the base passed 2.0 nats a token for five steps, last at step 9; raise --kl-coef"):
         trainer.optimise("toy", model, 25, 1e-4, losses)
 
 
@@ -515,10 +531,23 @@ def test_without_a_number_the_alternative_gets_the_steps_that_fit_the_seconds_of
     assert config.extra_steps == pytest.approx(60 * (seconds["clip"] + seconds["grpo"]) / seconds["pretrain"], rel=0.05)
 
 
+def test_the_filtered_alternative_learns_only_from_captions_that_the_reward_believes(smoke, tmp_path, handlers):
+    flags = "--preset smoke --device cpu --method filtered --extra-steps 2 --stage filtered"
+    folder = train.main(parse_flags([*flags.split(), "--base", str(smoke), "--out", str(tmp_path / "filtered")]))
+    trainer = Trainer(make_config(**TINY, out=str(smoke)))
+    trainer.load_tokens()
+    everything = [sum(int(b.mask.sum()) for b in trainer.pairs(trainer.rng("filtered", step), 32)) for step in (0, 1)]
+    learned = [float(r["tokens"]) for r in rows(folder)]
+    assert len(learned) == 2 and all(0 < some < every for some, every in zip(learned, everything))
+    assert (folder / "aligned.safetensors").exists()
+
+
 def test_a_contact_sheet_frames_what_the_judge_found_right_green_and_the_rest_red():
-    picture = np.full((32, 32, 3), 7, np.uint8)
-    sheet = np.asarray(train.contact_sheet([("a red circle", [picture, picture], [True, False]), ("two", [picture], [True])]))
-    assert sheet.shape == (140, 430 + 140, 3)
-    assert sheet[0, 430].tolist() == [40, 160, 60] and sheet[0, 500].tolist() == [210, 60, 50]
-    assert (sheet[2:66, 432:496] == 7).all() and (sheet[72:136, 502:566] == 255).all()
-    assert (sheet[:70, :430] < 100).any()  # the words
+    picture, green, red = np.full((32, 32, 3), 7, np.uint8), [40, 160, 60], [210, 60, 50]
+    sheet = np.asarray(train.contact_sheet([("a red circle", [picture, picture], [True, False]), ("two", [picture], [True])], words=100))
+    assert sheet.shape == (2 * 70, 100 + 2 * 70, 3)
+    assert sheet[0, 100].tolist() == sheet[70, 100].tolist() == green and sheet[0, 170].tolist() == red
+    assert (sheet[2:66, 102:166] == 7).all() and (sheet[72:136, 172:236] == 255).all()  # the second line has one picture
+    assert (sheet[:70, :100] < 100).any()  # the words
+    titled = np.asarray(train.contact_sheet([("a red circle", [picture, picture], [True, False])], ("before", "after"), words=100))
+    assert titled[20, 100].tolist() == green and titled[20, 182].tolist() == red  # a line for the titles, a gap between the blocks
