@@ -133,15 +133,15 @@ def rotate(x, positions):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)  # (M4)
 
 
-REACH = 12.0  # largest attention logit
-
-
 class Block(nn.Module):
     """One pre-norm layer: attention, then a two-layer MLP. Used causally by the policy, both ways by the reward's CLIP."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, reach=None):
+        """reach: the largest attention logit, so that exp(reach) is the strongest preference of one position over
+        another; None is sqrt(D), which is little where heads are small."""
         super().__init__()
         self.heads = heads
+        self.scale = None if reach is None else reach * heads / width
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
@@ -151,14 +151,14 @@ class Block(nn.Module):
         each (N, H, longest, D), written from position `first` on and read up to the last position written."""
         n, length, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        # queries and keys of equal length: attention logits stay within +-REACH and cannot blow up at high learning rates
+        # queries and keys of equal length: attention logits are bounded and cannot blow up at high learning rates
         q, k = rotate(F.rms_norm(q, (q.shape[-1],)), positions), rotate(F.rms_norm(k, (k.shape[-1],)), positions)
         if cache is not None:
             for store, new in zip(cache, (k, v)):
                 store[:, :, first : first + length] = new
             k, v = (store[:, :, : first + length] for store in cache)
         # one new position sees everything in the cache; more than one only starts from an empty cache
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and length > 1, scale=REACH / q.shape[-1])
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and length > 1, scale=self.scale)
         x = x + self.out(y.transpose(1, 2).reshape(n, length, width))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 

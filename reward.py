@@ -46,8 +46,8 @@ class CLIP(nn.Module):
         self.pixels = nn.Linear(3 * patch * patch, width)
         self.place = nn.Parameter(torch.randn((side // patch) ** 2, width) * width**-0.5)
         self.words = nn.Embedding(n_text, width)
-        self.image_blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.text_blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.image_blocks = nn.ModuleList(Block(width, heads, reach=12.0) for _ in range(layers))
+        self.text_blocks = nn.ModuleList(Block(width, heads, reach=12.0) for _ in range(layers))
         self.image_norm, self.text_norm = RMSNorm(width), RMSNorm(width)
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 

@@ -83,7 +83,7 @@ class Config:
     layers: int = 4  # transformer blocks
     heads: int = 4  # attention heads
     # pre-training
-    pretrain_steps: int = 800  # next-token steps of the base
+    pretrain_steps: int = 700  # next-token steps of the base
     batch: int = 64  # sequences a step
     lr: float = 4e-3  # peak learning rate: 30 steps up, flat, the last 40% down to 0
     extra_steps: int = 0  # unified: further next-token steps; 0 means as many as fit the seconds of the base run's lvrpo stages
@@ -134,7 +134,7 @@ CHOICES = {
     "level": ("token", "sequence"),
 }
 TASK_MIX = {"draw": 4, "caption": 2, "ask": 4, "reason": 1, "text": 1}  # of a pre-training batch
-ALONE = 0.15  # share of the pictures to draw that come without words, half of them with three objects: pictures alone are
+ALONE = 0.2  # share of the pictures to draw that come without words, half of them with three objects: pictures alone are
 # cheap too; it is what guidance needs, and it lets a policy sample, once in a while, what no caption ever showed it
 GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5}  # weight of each task's mean token loss: a picture's
 # reward is spread over 16 tokens or 64, a short answer's over two, so the mean over tokens would let answers dominate
