@@ -42,7 +42,6 @@ import tarfile
 import tempfile
 import time
 import urllib.request
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -718,17 +717,20 @@ class Vocabulary:
         self.size = self.n_text + n_codes
         self._ids = {w: tokenizer.encode(w).ids for w in self.words}
         self._strings = [tokenizer.id_to_token(i) for i in range(self.n_text)]
-        self._strings = [s + " " if s in SPECIAL else s.replace("</w>", " ") for s in self._strings]
+        self._strings = [" " + s if s in SPECIAL else s.replace("▁", " ") for s in self._strings]
 
     @staticmethod
     def train(texts, n_codes, n_patches, vocab_size=1024):
-        """Learn byte-pair merges from an iterable of texts; the word list is the words that occur in it."""
+        """Learn byte-pair merges from an iterable of texts; the word list is the words that occur in it.
+
+        A word begins with the character "▁". (An end-of-word suffix would do as well, but the trainer numbers suffixed
+        characters in the order of a hash table: another order, and so other ids, in every process.)"""
         texts = list(texts)
-        tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.WhitespaceSplit(), decoders.BPEDecoder(suffix="</w>")
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
         tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=vocab_size, min_frequency=0, special_tokens=list(SPECIAL), end_of_word_suffix="</w>", show_progress=False))
-        return Vocabulary(tokenizer, Counter(w for t in texts for w in t.split()) | Counter(SPECIAL), n_codes, n_patches)
+            vocab_size=vocab_size, min_frequency=0, special_tokens=list(SPECIAL), show_progress=False))
+        return Vocabulary(tokenizer, {w for t in texts for w in t.split()}, n_codes, n_patches)
 
     def save(self, folder):
         self.tokenizer.save(str(folder / "tokenizer.json"))
