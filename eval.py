@@ -101,8 +101,8 @@ def parse(pictures):
 def statements(scene, caption):
     """Every statement of a caption, as (kind, true of the scene?), under the assignment of objects to mentions that makes
     most of them true. Kinds: count, color, shape, size, position, relation."""
-    best = None
-    for objects in itertools.permutations([*scene[:5], *[None] * len(caption.mentions)], len(caption.mentions)):
+    best, missing = None, max(len(caption.mentions) - len(scene), 0)
+    for objects in itertools.permutations([*scene[:5], *[None] * missing], len(caption.mentions)):
         checks = [("count", len(scene) == len(caption.mentions))]
         for m, o in zip(caption.mentions, objects):
             said = {"color": m.color, "shape": m.shape, "size": m.size, "position": m.cell}

@@ -257,7 +257,7 @@ def schedule(step, steps, warmup=30, decay=0.4):
     >>> [round(schedule(step, 100), 2) for step in (0, 29, 50, 80, 99)]
     [0.03, 1.0, 1.0, 0.5, 0.03]
     """
-    return min(1, (step + 1) / warmup, (steps - step) / (decay * steps))
+    return min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
 def flat_state(model, optimizers):

@@ -324,7 +324,8 @@ def test_an_unknown_word_is_named_and_the_known_ones_listed(vocab):
 
 
 def test_special_tokens_have_the_first_ids_and_cannot_be_part_of_words(vocab):
-    assert [vocab.encode(s) for s in SPECIAL] == [[i] for i in range(len(SPECIAL))]
+    assert [vocab.tokenizer.token_to_id(s) for s in SPECIAL] == list(range(len(SPECIAL)))
+    assert vocab.words & set(SPECIAL) == {"<think>", "</think>"}  # nobody can type "<eos>" into a prompt
     assert min(min(vocab.encode(w)) for w in vocab.words - set(SPECIAL)) >= len(SPECIAL)
     assert vocab.size == vocab.n_text + vocab.n_codes
 

@@ -1,6 +1,7 @@
 """What holds for all source files: equations have lines and lines equations, examples run, imports go one way, nothing unsafe."""
 
 import ast
+import dataclasses
 import doctest
 import importlib
 import io
@@ -10,6 +11,9 @@ import tokenize
 
 import pytest
 from conftest import ROOT
+
+import eval as evaluation
+import train
 
 FILES = ("data", "model", "reward", "grpo", "kernels", "eval", "train")  # the reading order, but for eval, which train imports
 MAY_IMPORT = {"data": "", "model": "data", "reward": "data model", "grpo": "data model reward", "kernels": "data model grpo",
@@ -100,3 +104,40 @@ def test_no_exception_is_swallowed_and_no_work_is_left_undone(name):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None and not all(isinstance(s, ast.Pass) for s in node.body), node.lineno
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
+
+
+# ---------------------------------------------------------------- the README agrees with the sources and with results/
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_readme_tells_how_long_a_file_is(name):
+    stated = int(re.search(rf"\| `{name}\.py` \|[^|]*\| (\d+) \|", README)[1])
+    assert abs(stated - source(name).count("\n")) <= 10
+
+
+def test_every_flag_in_the_readme_exists():
+    known = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(train.Config)}
+    known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', source("eval") + source("kernels")))
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
+
+
+def test_every_picture_and_result_in_the_readme_exists():
+    paths = re.findall(r"\]\(((?!http)[^)#]+)\)", README)
+    assert paths and all((ROOT / path).exists() for path in paths)
+
+
+def test_the_example_in_the_readme_gives_what_it_says():
+    assert doctest.testfile(str(ROOT / "README.md"), module_relative=False) == (0, README.count(">>> "))
+
+
+def test_the_numbers_in_the_readme_are_those_of_the_results():
+    folders = sorted((ROOT / "results" / "cpu").glob("*-*"))
+    assert evaluation.compare(folders).strip() == (ROOT / "results" / "cpu" / "compare.txt").read_text(encoding="utf-8").strip()
+    table = dict(re.findall(r"^\| `([a-z_]+)`[^|]*\|(.*)\|$", README, re.M))
+    columns = (ROOT / "results" / "cpu" / "compare.txt").read_text(encoding="utf-8").splitlines()
+    for metric, cells in table.items():
+        measured = next(line for line in columns if line.startswith(metric + " "))
+        for number in re.findall(r"\d\.\d{3}", cells):
+            assert number in measured, (metric, number)
