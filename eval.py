@@ -21,6 +21,7 @@ because a low temperature alone makes a model look better and duller.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -41,7 +42,7 @@ from reward import CLIP, clip_score, exact_match
 
 # ---------------------------------------------------------------- the judge: picture -> objects -> is the prompt true?
 
-PALETTE = np.array([BACKGROUND, *COLORS.values()], np.int32)
+PALETTE = np.array([BACKGROUND, *COLORS.values()], np.int16)
 NAMES = (None, *COLORS)
 OUTLINES = {(shape, size): shape_mask(shape, width) for shape in SHAPES for size, width in SIZES.items()}
 SPECK, LIKENESS = 4, 0.9  # components of fewer pixels are noise; an outline must overlap by this much (IoU)
@@ -50,7 +51,7 @@ SPECK, LIKENESS = 4, 0.9  # components of fewer pixels are noise; an outline mus
 def components(labels):
     """(N, S, S) palette numbers -> (N, S, S) component numbers: the largest pixel index among equal neighbours' regions."""
     n, s, _ = labels.shape
-    region = np.broadcast_to(np.arange(1, s * s + 1).reshape(s, s), labels.shape).copy()
+    region = np.broadcast_to(np.arange(1, s * s + 1, dtype=np.int16).reshape(s, s), labels.shape).copy()
     joined = {axis: np.equal(*_neighbours(labels, axis)) for axis in (1, 2)}
     while True:
         before = region.copy()
@@ -69,7 +70,12 @@ def _neighbours(x, axis):
 
 def outline(mask):
     """The (shape, size) whose outline overlaps a cropped bool mask best, or (None, None) below LIKENESS."""
-    best, found = LIKENESS, (None, None)
+    return likest(mask.tobytes(), mask.shape)
+
+
+@functools.lru_cache(100_000)  # the same few outlines come again and again
+def likest(pixels, size):
+    best, found, mask = LIKENESS, (None, None), np.frombuffer(pixels, bool).reshape(size)
     for name, shape in OUTLINES.items():
         h, w = (max(a, b) for a, b in zip(mask.shape, shape.shape))
         both = [np.pad(m, ((0, h - m.shape[0]), (0, w - m.shape[1]))) for m in (mask, shape)]
@@ -81,8 +87,8 @@ def outline(mask):
 
 def parse(pictures):
     """(N, S, S, 3) uint8 -> for each picture the list of Objects in it; shape and size are None for a malformed one."""
-    distance = np.abs(pictures[:, :, :, None].astype(np.int32) - PALETTE).sum(-1)
-    labels = distance.argmin(-1)
+    distance = np.abs(pictures[:, :, :, None].astype(np.int16) - PALETTE).sum(-1, dtype=np.int16)
+    labels = distance.argmin(-1).astype(np.int8)
     regions, half = components(labels), pictures.shape[1] / 2
     scenes = []
     for label, region in zip(labels, regions):
