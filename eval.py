@@ -215,7 +215,7 @@ def diversity(pictures, right):
         if ok.sum() < 2:
             continue
         kept = group[ok].reshape(ok.sum(), -1)
-        distinct, correct = distinct + len(np.unique(kept, axis=0)), correct + len(kept)
+        distinct, correct = distinct + len({p.tobytes() for p in kept}), correct + len(kept)
         pairs = [np.abs(a.astype(np.int16) - b).mean() / 255 for a, b in itertools.combinations(kept, 2)]
         distances.append(np.mean(pairs))
     return (distinct / correct, float(np.mean(distances))) if correct else (math.nan, math.nan)  # (E2)
