@@ -148,9 +148,10 @@ class WorldJudge:
         return [{kind for kind, ok in statements(scene, e.truth[1]) if not ok} for e, scene in zip(examples, parse(pictures))]
 
     def caption(self, examples, texts):
-        """(N,) bool: a caption of the grammar that is true of the scene and misses no object."""
+        """(N,) bool: a caption that is true of the scene and names colour and shape of every object."""
         captions = [parse_caption(text) for text in texts]
-        return np.array([c is not None and holds(e.truth[0], c) for e, c in zip(examples, captions)])
+        named = [c is not None and all(m.color and m.shape for m in c.mentions) for c in captions]  # "a shape" is no answer
+        return np.array([ok and holds(e.truth[0], c) for e, c, ok in zip(examples, captions, named)])
 
 
 class FashionJudge:
@@ -477,10 +478,11 @@ def load_run(folder):
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         entries = load_file(str(folder / "codebook.safetensors"))["entries"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} is not a finished run ({error}); make one with `python train.py --out {folder}`") from error
-    codebook = Codebook(entries, config["patch"])
-    return config, codebook, Vocabulary.load(folder, len(entries), codebook.side**2)
+        codebook = Codebook(entries, config["patch"])
+        return config, codebook, Vocabulary.load(folder, len(entries), codebook.side**2)
+    except Exception as error:  # json, safetensors, tokenizers and the operating system raise many kinds
+        found = " ".join(str(error).split())[:120]
+        raise ValueError(f"{folder} is not a run that can be read ({found}); make one with `python train.py --out {folder}`") from error
 
 
 def load_clip(folder, name, vocab, config, device="cpu"):
@@ -567,5 +569,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(print(f"eval.py: {error}", file=sys.stderr) or 2)

@@ -226,7 +226,7 @@ def sample(model, batch, vocab, generator=None, temperature=1.0, guidance=0.0, c
     likely token. guidance > 0 needs a model that was trained with dropped prompts. cached=False runs the whole
     sequence again for every token and gives the same tokens: it is there to be compared with.
     """
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"temperature must be 0 or more, not {temperature}")
     template, lo, hi, patch = batch.tokens, batch.lo, batch.hi, batch.patch
     tokens = template.clamp(min=0)  # not yet chosen: <pad> for now

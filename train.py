@@ -176,6 +176,8 @@ def make_config(**given):
         (c.width % (2 * c.heads) == 0, "width", f"a multiple of 2 x heads = {2 * c.heads}"),
         (c.clip_width % 8 == 0, "clip_width", "a multiple of 8"),
         (c.seed >= 0, "seed", "0 or more"),
+        (c.threads >= 0, "threads", "0 or more"),
+        (c.extra_steps >= 0, "extra_steps", "0 or more"),
         (set(c.data.split(",")) <= set(SOURCES), "data", f"names from {', '.join(SOURCES)}, comma-separated"),
         (c.stage == "all" or set(c.stage.split(",")) <= set(stages), "stage", f"all, or names from {', '.join(stages)}"),
     ]
@@ -311,7 +313,10 @@ class Trainer:
         c, optimizers = self.config, make_optimizers(model, lr)
         path, first, skipped, diverged = self.folder / f"state_{stage}.safetensors", 0, 0, 0
         if path.exists():
-            first = load_state(model, optimizers, path)
+            try:
+                first = load_state(model, optimizers, path)
+            except Exception as error:  # safetensors, torch and the operating system raise many kinds
+                raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())[:100]}); delete it to run {stage} again") from error
             print(f"{stage}: goes on at step {first}")
         log, saved = Log(self.folder, stage, first), time.monotonic()
         pace = 1 if sys.stderr.isatty() else 15  # seconds between two states of the bar; a log file wants few
@@ -345,7 +350,7 @@ class Trainer:
             if diverged == 5:
                 raise Stopped(f"{stage}: the KL to the base passed {c.max_kl} nats a token for five steps, last at step {step}; raise "
                               f"--kl-coef or lower --grpo-lr. The last good state is kept: --resume --out {self.folder}")  # fmt: skip
-            if (time.monotonic() - saved > 60 or self.interrupted) and step + 1 < steps:
+            if self.interrupted or time.monotonic() - saved > 60:
                 save_atomically(flat_state(model, optimizers), path, step=step + 1)
                 saved = time.monotonic()
             if self.interrupted:
@@ -416,7 +421,9 @@ class Trainer:
             pool = rng.choice(("paired", "three")) if alone else "paired"
             rows.append((source, source.example(rng, task, pool, noise=NOISE), alone))
         if believed:
-            rows = list(itertools.compress(rows, believed(*zip(*((s, e) for s, e, _ in rows)), rng)))
+            told = [row for row in rows if not row[2]]  # a caption that is blanked out is not looked at either
+            kept = itertools.compress(told, believed(*zip(*((s, e) for s, e, _ in told)), rng)) if told else ()
+            rows = [*kept, *(row for row in rows if row[2])] or rows
         for short in (True, False):
             part = [(e, alone) for _, e, alone in rows if (e.task in ("draw", "text")) == short]
             if part:
@@ -712,12 +719,16 @@ def stage_seconds(folder):
 
 def describe(config):
     """What a result needs beside it: configuration, command, commit, machine, versions."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    try:
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     machine = f"{gpu or platform.processor() or platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     return {name: getattr(config, name) for name in ("preset", "method", "data", "seed")} | {
-        "commit": commit.stdout.strip(), "machine": machine, "command": "python " + " ".join(sys.argv), "versions": versions,
+        "commit": commit, "machine": machine, "command": "python " + " ".join(sys.argv), "versions": versions,
         "noise": NOISE, "config": dataclasses.asdict(config)}  # fmt: skip
 
 
@@ -736,6 +747,8 @@ def take_over(config, folder):
         raise ValueError(f"--base {base} has another configuration: {', '.join(different)}")
     if config.method != "lvrpo" and not config.extra_steps:
         spent = stage_seconds(base)
+        if not {"pretrain", "grpo"} <= set(spent):
+            raise ValueError(f"--base {base}: its timing.csv does not tell what pretrain and grpo took; give --extra-steps")
         seconds = spent.get("clip", 0) + spent.get("grpo", 0)
         config.extra_steps = max(1, round(seconds / spent["pretrain"] * theirs["pretrain_steps"]))
         print(f"{config.method}: {config.extra_steps} further steps, for the {seconds:.0f} s of clip and grpo in {base}")
@@ -748,7 +761,9 @@ def main(config):
     """Train as configured; returns the run directory. ValueError for what the user can mend, Stopped for an early end."""
     folder = Path(config.out)
     saved = folder / "config.json"
-    if saved.exists() and not config.resume and config.stage == "all":
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder}: is a file; name a folder")
+    if saved.exists() and not config.resume:
         raise ValueError(f"{folder} already holds a run: add --resume to go on with it, or choose another --out")
     if config.resume and not saved.exists():
         raise ValueError(f"{folder} holds no run to resume; leave --resume out, or name another --out")
@@ -768,9 +783,12 @@ def main(config):
         else:
             raise Stopped(f"interrupted; go on with: python train.py --resume --out {folder}", 128 + number)
 
-    for name in ("SIGINT", "SIGTERM"):
-        signal.signal(getattr(signal, name), stop)
-    trainer.run()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        trainer.run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return folder
 
 
@@ -779,14 +797,17 @@ def resumed(config):
     path = Path(config.out) / "config.json"
     if not config.resume or not path.exists():
         return config
-    stored = Config(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        stored = Config(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); start again with another --out") from error
     return dataclasses.replace(stored, out=config.out, resume=True, stage=config.stage, device=config.device, threads=config.threads)
 
 
 if __name__ == "__main__":
     try:
         main(resumed(parse_flags()))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
     except Stopped as stopped:
         sys.exit(print(f"train.py: {stopped}", file=sys.stderr) or stopped.status)
