@@ -482,7 +482,7 @@ def load_run(folder):
         return config, codebook, Vocabulary.load(folder, len(entries), codebook.side**2)
     except Exception as error:  # json, safetensors, tokenizers and the operating system raise many kinds
         found = " ".join(str(error).split())[:120]
-        raise ValueError(f"{folder} is not a run that can be read ({found}); make one with `python train.py --out {folder}`") from error
+        raise ValueError(f"{folder} is not a finished run ({found}); make one with `python train.py --out {folder}`") from error
 
 
 def load_clip(folder, name, vocab, config, device="cpu"):
@@ -508,7 +508,10 @@ def draw(folder, prompt, out, name="aligned", temperature=0.5, guidance=0.0, see
     model = load_model(folder, vocab, codebook, config, name, device)
     example = Example("draw", np.zeros((32, 32, 3), np.uint8), prompt, "")
     picture = Evaluator(model, vocab, codebook, None, None).outputs([example], temperature, guidance, seed)[0]
-    Image.fromarray(picture).resize((256, 256), Image.Resampling.NEAREST).save(out)
+    try:
+        Image.fromarray(picture).resize((256, 256), Image.Resampling.NEAREST).save(out)
+    except (OSError, ValueError) as error:  # ValueError: no picture format of that name
+        raise ValueError(f"--out {out}: cannot be written ({error}); name a .png file in a folder that exists") from error
     return picture
 
 
@@ -561,9 +564,12 @@ def main(argv=None):
             clip = load_clip(args.run, "clip_report", vocab, config, device)
             source, judge = judges(config)[0]
             result = evaluate(models, vocab, codebook, source, judge, clip, config["eval_items"], config["seed"], config["eval_prompts"])
-        print(table(result))
         if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+            try:
+                Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+            except OSError as error:
+                raise ValueError(f"--json {args.json}: cannot be written ({error})") from error
+        print(table(result))
 
 
 if __name__ == "__main__":

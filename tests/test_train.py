@@ -37,7 +37,7 @@ def rows(folder, name="metrics"):
 
 def prepared(smoke, folder, **changes):
     """The Config of a tiny run whose folder holds what the codebook stage of the smoke run left, and nothing else."""
-    config = make_config(**TINY | changes, out=str(folder))
+    config = make_config(**TINY | changes, out=str(folder), resume=True)
     folder.mkdir()
     for name in ("codebook.safetensors", "tokenizer.json", "words.json"):
         shutil.copy(smoke / name, folder)
