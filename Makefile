@@ -1,5 +1,5 @@
-# make train: set up, align, train the obvious alternative from the same base, compare (about 12 minutes on two cores)
-# make test: set up and run the tests (about 5 minutes with set-up)      make test-all: the long ones too
+# make train: set up, align, train the obvious alternative from the same base, compare
+# make test: set up and run the tests      make test-all: the long ones too
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

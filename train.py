@@ -635,7 +635,8 @@ class Trainer:
                 self.load_tokens()
             start = time.perf_counter()
             getattr(self, f"{stage}_stage")()
-            (self.folder / f"state_{stage}.safetensors").unlink(missing_ok=True)
+            for state in self.folder.glob(f"state_{stage}*.safetensors"):  # clip has two
+                state.unlink()
             print(f"{stage}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
