@@ -14,7 +14,7 @@ It is no reward, and it chooses no checkpoint; temperatures are chosen on valida
 A result on drawing is a *front*: quality against diversity over temperatures. One number at temperature 1 says little,
 because a low temperature alone makes a model look better and duller.
 
-    $ python eval.py --run runs/NAME                                            # the table, about a minute
+    $ python eval.py --run runs/NAME                                            # the table; measured anew where there is no eval.json
     $ python eval.py --run runs/NAME --draw "a red circle left of a blue square" --out picture.png
     $ python eval.py --run runs/NAME --ask "what color is the circle ?" --image picture.png
     $ python eval.py --compare runs/A runs/B ...                                # methods side by side, over seeds

@@ -13,11 +13,10 @@ edits ("a red circle" against "a red square", "a blue circle", ...)? Answers are
   (R4) r = 1 if the answer is the key, else 0                          exact match
   (R5) agreement = share of (right, wrong) pairs in a group that the reward puts in order     validity, before RL
 
-Why (R3) and not s itself: among correct candidates s still differs a little, for no reason that matters, and a policy
-that is paid for such differences collapses onto one picture. (R3) is flat near 0 when a picture is right, and keeps a
-slope when all candidates are wrong. Why (R1) and not one vector a picture: prompts name three objects, training pairs
-one or two; parts that are matched one by one still add up, a pooled vector was never trained there.
-Pooled vectors exist too (`embed_*`), for the Frechet distance and the comparison in the tests.
+Why (R3) and not s itself: among correct candidates s still differs a little, for no reason that matters. (R3) is flat
+near 0 when a picture is right, and keeps a slope when all candidates are wrong. Why (R1) and not one vector a picture:
+prompts name three objects, training pairs one or two, and parts that are matched one by one should still add up. These
+are reasons, not results: s itself and pooled vectors have not been compared with them here.
 
 Symbols: N pictures, M texts, P patches, W words, D width of the shared space, B prompts, G group.
 A learned preference reward joins by one more entry in the dict that `Rewards` returns.

@@ -13,7 +13,7 @@
   eval       nothing                                   test scenes                                 eval.json, curves.png, samples/
 
   (T1) L = mean_task weight_task * L_grpo(task) + ptx_coef * L_nexttoken     the pre-training loss is kept in the GRPO
-           step (InstructGPT's PPO-ptx): without it the policy forgets variety
+           step (InstructGPT's PPO-ptx), against forgetting; what it is worth here has not been measured
 
 All randomness of step k of a stage comes from random.Random(f"{seed}/{stage}/{k}"), so a resumed run needs weights,
 optimizer state and k, and then equals an uninterrupted one.
@@ -213,6 +213,7 @@ class Log:
             self._write(name)
 
     def add(self, name, row):
+        """Append one row, a dict, to "metrics" or "timing"; a new column rewrites the file."""
         path, rows = self.files[name]
         known = set(rows[0]) if rows else set()
         rows.append({k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()})
@@ -374,6 +375,7 @@ class Trainer:
         return norms
 
     def memory(self):
+        """{"peak_mb": peak memory so far}: of the GPU, else of the process; {} where the system does not tell."""
         if self.device.type == "cuda":
             return {"peak_mb": torch.cuda.max_memory_allocated() / 2**20}
         try:
@@ -511,6 +513,7 @@ class Trainer:
         print("reward validity, share of (right, wrong) pairs of a group in order: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
 
     def grpo_stage(self):
+        """Every step: prompts of each task, G candidates for each, rewards, advantages, one loss over all tasks (T1)."""
         c = self.config
         policy, reference = self.policy("base"), self.policy("base").requires_grad_(False)
         rewards = self.rewards()
@@ -600,6 +603,7 @@ class Trainer:
         return rows
 
     def eval_stage(self):
+        """Base and aligned on test scenes: eval.json, the table, curves and pictures."""
         c, start = self.config, time.perf_counter()
         models = {name: self.policy(name).eval() for name in ("base", "aligned")}
         clip = evaluation.load_clip(self.folder, "clip_report", self.vocab, vars(c), self.device)
