@@ -87,6 +87,9 @@ def likest(pixels, size):
 
 def parse(pictures):
     """(N, S, S, 3) uint8 -> for each picture the list of Objects in it; shape and size are None for a malformed one."""
+    different = {}  # equal pictures are read once
+    which = [different.setdefault(p.tobytes(), len(different)) for p in pictures]
+    pictures = np.frombuffer(b"".join(different), np.uint8).reshape(-1, *pictures.shape[1:])
     distance = np.abs(pictures[:, :, :, None].astype(np.int16) - PALETTE).sum(-1, dtype=np.int16)
     labels = distance.argmin(-1).astype(np.int8)
     regions, half = components(labels), pictures.shape[1] / 2
@@ -101,7 +104,7 @@ def parse(pictures):
             row, column = (int((v.min() + v.max() + 1) / 2 > half) for v in (y, x))
             scene.append(Object(NAMES[label[y[0], x[0]]], *outline(region[box] == r), row, column))
         scenes.append(scene)
-    return scenes
+    return [scenes[i] for i in which]
 
 
 def statements(scene, caption):
@@ -236,16 +239,16 @@ class Evaluator:
         rng = random.Random(f"{self.split}/{self.seed}/{self.source.name}/{task}/{pools}")
         return [self.source.example(rng, task, pools[i % len(pools)], split=self.split) for i in range(n)]
 
-    def outputs(self, examples, temperature=1.0, guidance=0.0, seed=0):
-        """One output an example: pictures (N, S, S, 3) uint8 when drawing, else a list of texts."""
-        device, outputs = self.model.head.device, []
+    def outputs(self, examples, temperature=1.0, guidance=0.0, seed=0, group=1):
+        """`group` outputs an example, one after the other: pictures (N, S, S, 3) uint8 when drawing, else a list of texts."""
+        device, outputs, rows = self.model.head.device, [], max(self.batch // group, 1)
         generator = torch.Generator(device).manual_seed(seed)
-        for start in range(0, len(examples), self.batch):
-            part = examples[start : start + self.batch]
+        for start in range(0, len(examples), rows):
+            part = examples[start : start + rows]
             codes = self.codebook.encode(np.stack([e.picture for e in part]))
             batch = self.vocab.batch(part, codes, device)
-            tokens = sample(self.model, batch, self.vocab, generator, temperature, guidance)
-            outputs += decode(self.vocab, self.codebook, part[0].task, batch, tokens)
+            tokens = sample(self.model, batch, self.vocab, generator, temperature, guidance, group)
+            outputs += decode(self.vocab, self.codebook, part[0].task, batch.repeat(group), tokens)
         return np.stack(outputs) if examples[0].task == "draw" else outputs
 
     def answers(self, task, n, pools=("paired",), temperature=0.0):
@@ -258,11 +261,11 @@ class Evaluator:
 
     def front(self, pools, temperatures, prompts=128, group=8):
         """One row a temperature: compose, diversity (share distinct) and distance, over prompts x group pictures."""
-        examples = [e for e in self.examples("draw", prompts, pools) for _ in range(group)]
-        rows = []
+        examples, rows = self.examples("draw", prompts, pools), []
+        repeated = [e for e in examples for _ in range(group)]
         for t in temperatures:
-            pictures = self.outputs(examples, t)
-            right = self.judge.draw(examples, pictures)[0].reshape(prompts, group)
+            pictures = self.outputs(examples, t, group=group)
+            right = self.judge.draw(repeated, pictures)[0].reshape(prompts, group)
             distinct, distance = diversity(pictures.reshape(prompts, group, *pictures.shape[1:]), right)
             rows.append({"temperature": t, "compose": round(float(right.mean()), 4), "diversity": tidy(distinct),
                          "distance": tidy(distance)})  # fmt: skip

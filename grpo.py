@@ -32,12 +32,13 @@ with its published variants to choose from.
 """
 
 import time
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from model import at_least_float32, completion_mask, matmul, sample
+from data import Batch
+from model import at_least_float32, completion_mask, completion_states, first_choices, matmul, sample, tails
 
 
 def check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
@@ -246,25 +247,48 @@ def grpo_loss(
     return reduce_tokens(per_token, mask, reduction, max_tokens), metrics
 
 
-# ---------------------------------------------------------------- one step: sample, reward, score; then the loss
+# ---------------------------------------------------------------- one step: sample and reward, then the loss
 
 
-class Rollout(NamedTuple):
-    """N = B*G filled templates of one task and all that their loss needs. (N, L) unless said otherwise; the columns in
-    which nothing was chosen are cut where log-probs are concerned: those are (N, T) for the T columns `columns`."""
+@dataclass
+class Rollout:
+    """B templates of one task and G candidates for each, rewarded. A candidate's tail is all from its first chosen token
+    on; N = B*G, T tokens in the longest tail."""
 
     task: str
-    tokens: Tensor  # filled
-    patch: Tensor
-    columns: Tensor  # (T,) positions of the chosen tokens; the state before each predicts it
-    chosen: Tensor  # (N, T) the tokens there
+    batch: Batch  # the B templates
+    tail: Tensor  # (N, T) filled
+    patch: Tensor  # (N, T)
     lo: Tensor  # (N, T) allowed range
     hi: Tensor
-    mask: Tensor  # (N, T) bool
-    old_logprobs: Tensor  # (N, T)
-    ref_logprobs: Tensor  # (N, T)
+    mask: Tensor  # (N, T) bool: the policy chose it
     rewards: Tensor  # (B, G)
     stats: dict  # numbers for the log
+    old_logprobs: Tensor | None = None  # (N, T); the first pass of rollout_loss fills them in
+    ref_logprobs: Tensor | None = None
+
+
+def rollout(policy, batch, group_size, reward_fn, vocab, generator=None, temperature=1.0, task=""):
+    """Sample G candidates for each of the B templates of a Batch and reward them.
+
+    reward_fn(repeated batch, tokens (N, L)) -> (rewards (B, G), dict of parts (B, G))."""
+    clock = [time.perf_counter()]
+    tokens = sample(policy, batch, vocab, generator, temperature, group=group_size)
+    clock.append(time.perf_counter())
+    repeated = batch.repeat(group_size)
+    rewards, parts = reward_fn(repeated, tokens)
+    clock.append(time.perf_counter())
+    start, length = first_choices(repeated)
+    mask = tails(completion_mask(repeated, tokens), start, length, False)
+    longest = int(mask.any(0).nonzero().max()) + 1
+    tail, patch, lo, hi = (tails(x, start, longest) for x in (tokens, repeated.patch, repeated.lo, repeated.hi))
+    spread = rewards.max(1).values - rewards.min(1).values
+    stats = {f"reward_{task}": rewards.mean(), f"zero_spread_{task}": (spread < 1e-6).float().mean(),
+             f"length_{task}": mask.sum(1).float().mean(), "tokens": mask.sum()}  # fmt: skip
+    stats |= {f"{task}_{name}": value.mean() for name, value in parts.items()}
+    stats = {name: float(value) for name, value in stats.items()}
+    stats |= {"seconds_sample": clock[1] - clock[0], "seconds_reward": clock[2] - clock[1]}
+    return Rollout(task, batch, tail, patch, lo, hi, mask[:, :longest], rewards.to(mask.device), stats)
 
 
 def score(hidden, head, chosen, lo, hi, temperature):
@@ -277,41 +301,28 @@ def score(hidden, head, chosen, lo, hi, temperature):
 
 
 @torch.no_grad()
-def rollout(policy, reference, batch, group_size, reward_fn, vocab, generator=None, temperature=1.0, task=""):
-    """Sample G candidates for each of the B templates of a Batch, reward them, score them under policy and reference.
-
-    reward_fn(batch, tokens) -> (rewards (B, G), dict of parts (B, G)). What is sampled is what is scored: log-probs are
-    over the same allowed ids and at the same temperature as in sampling."""
-    start = time.perf_counter()
-    batch = batch.repeat(group_size)
-    tokens = sample(policy, batch, vocab, generator, temperature)
-    sampled = time.perf_counter()
-    rewards, parts = reward_fn(batch, tokens)
-    rewarded = time.perf_counter()
-    mask = completion_mask(batch, tokens)
-    columns = mask.any(0).nonzero()[:, 0]
-    chosen, lo, hi, mask = (x[:, columns] for x in (tokens, batch.lo, batch.hi, mask))
-    scored = [score(m(tokens[:, :-1], batch.patch[:, :-1])[:, columns - 1][mask], m.head, chosen[mask], lo[mask], hi[mask], temperature)
-              for m in (policy, reference)]
+def look_back(policy, reference, r, hidden, temperature):
+    """Fill in what the policy that sampled, and the frozen base, said to each chosen token. The policy has not moved since:
+    the states (N, T, C) of its first update are those it sampled from, and no further pass is needed for them."""
+    start, m = time.perf_counter(), r.mask
+    ref_hidden = completion_states(reference, r.batch, r.tail, r.patch)
+    scored = [score(h[m], model.head, r.tail[m], r.lo[m], r.hi[m], temperature) for h, model in ((hidden, policy), (ref_hidden, reference))]
     (every, old), (ref_every, ref) = scored
-    spread = rewards.max(1).values - rewards.min(1).values
-    stats = {f"reward_{task}": rewards.mean(), f"zero_spread_{task}": (spread < 1e-6).float().mean(),
-             f"kl_{task}": (every.exp() * (every - ref_every)).sum(-1).mean(),  # (G10)
-             f"entropy_{task}": -(every.exp() * every).sum(-1).mean(),  # (G10)
-             f"length_{task}": mask.sum(1).float().mean(), "sampled_tokens": mask.sum()}
-    stats |= {f"{task}_{name}": value.mean() for name, value in parts.items()}
-    stats = {name: float(value) for name, value in stats.items()}
-    stats |= {"seconds_sample": sampled - start, "seconds_reward": rewarded - sampled, "seconds_score": time.perf_counter() - rewarded}
-    full = [torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x) for x in (old, ref)]
-    return Rollout(task, tokens, batch.patch, columns, chosen, lo, hi, mask, *full, rewards.to(mask.device), stats)
+    r.old_logprobs, r.ref_logprobs = (x.new_zeros(m.shape).masked_scatter(m, x) for x in (old, ref))
+    r.stats |= {f"kl_{r.task}": float((every.exp() * (every - ref_every)).sum(-1).mean()),  # (G10)
+                f"entropy_{r.task}": float(-(every.exp() * every).sum(-1).mean()),  # (G10)
+                "seconds_score": time.perf_counter() - start}  # fmt: skip
 
 
-def rollout_loss(policy, r, loss_fn, *, advantages=None, temperature=1.0, **objective):
-    """The GRPO loss of one task's rollout under the current policy: (loss, metrics).
+def rollout_loss(policy, reference, r, loss_fn, *, advantages=None, temperature=1.0, **objective):
+    """The GRPO loss of one task's rollout under the current policy: (loss, metrics). What is sampled is what is scored:
+    log-probs are over the same allowed ids and at the same temperature as in sampling.
 
     loss_fn is kernels.fused_linear_grpo_loss or anything with its arguments; objective goes to it (clip_low, kl_coef,
     reduction, scale, ...). advantages (N,) replace the group advantages of r.rewards, when given."""
-    hidden = policy(r.tokens[:, :-1], r.patch[:, :-1])[:, r.columns - 1]
+    hidden = completion_states(policy, r.batch, r.tail, r.patch)
+    if r.old_logprobs is None:
+        look_back(policy, reference, r, hidden.detach(), temperature)
     reward = {"rewards": r.rewards} if advantages is None else {}
-    return loss_fn(hidden, policy.head, r.chosen, r.old_logprobs, r.ref_logprobs, advantages, r.mask,
+    return loss_fn(hidden, policy.head, r.tail, r.old_logprobs, r.ref_logprobs, advantages, r.mask,
                    lo=r.lo, hi=r.hi, temperature=temperature, **reward, **objective)  # fmt: skip

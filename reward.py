@@ -109,8 +109,9 @@ def match_logprob(clip, vocab, pictures, texts, edits):
     N may be a multiple of len(texts): then each text has a group of consecutive pictures.
     """
     device, group = clip.place.device, len(pictures) // len(texts)
-    rows = text_ids(vocab, [t for text, others in zip(texts, edits) for t in (text, *others)], device)
-    words = clip.text(rows).unflatten(0, (len(texts), -1)).repeat_interleave(group, 0)  # (N, 1+E, W, D)
+    row = {}  # the same texts come again and again: each is read once
+    which = [[row.setdefault(t, len(row)) for t in (text, *others)] for text, others in zip(texts, edits)]
+    words = clip.text(text_ids(vocab, row, device))[torch.tensor(which, device=device)].repeat_interleave(group, 0)  # (N, 1+E, W, D)
     logits = clip.log_scale.exp() * clip.similarity(clip.image(pictures), words, pairs="n")
     return F.log_softmax(logits, -1)[:, 0].clamp(min=FLOOR)  # (R3)
 

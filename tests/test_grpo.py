@@ -3,14 +3,19 @@
 import ast
 import doctest
 import itertools
+import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import grpo
-from grpo import combine_rewards, group_advantages, grpo_loss, kl_k3, pairwise_advantages, reduce_tokens
+from data import World
+from grpo import combine_rewards, group_advantages, grpo_loss, kl_k3, pairwise_advantages, reduce_tokens, rollout, rollout_loss
+from kernels import fused_linear_grpo_loss
+from model import ModelConfig, Transformer, completion_mask
 
 F64 = torch.float64
 MODES = ["sum_then_normalize", "normalize_then_sum"]
@@ -323,3 +328,77 @@ def test_every_equation_has_a_line_and_every_tag_an_equation(name):
 def test_doctests():
     failed, attempted = doctest.testmod(grpo)
     assert failed == 0 and attempted >= 12
+
+
+# ---------------------------------------------------------------- rollouts: what is sampled is what is scored
+
+
+def lively_model(vocab, codebook, seed):
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(vocab.size, codebook.side, 32, 2, 4)).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3) if p.dim() == 2 else torch.nn.init.uniform_(p, 0.5, 1.5)
+    return model
+
+
+@pytest.fixture
+def rolled(vocab, codebook):
+    """Three prompts of a task, four candidates each: policy, reference and the rollout."""
+
+    def make(task, temperature=0.8):
+        policy, reference = lively_model(vocab, codebook, 0), lively_model(vocab, codebook, 1)
+        rng, world = random.Random(0), World()
+        examples = [world.example(rng, task) for _ in range(3)]
+        batch = vocab.batch(examples, codebook.encode(np.stack([e.picture for e in examples])))
+        seen = {}
+
+        def reward(repeated, tokens):
+            seen.update(batch=repeated, tokens=tokens)
+            return torch.arange(12.0).view(3, 4), {"half": torch.full((3, 4), 0.5)}
+
+        r = rollout(policy, batch, 4, reward, vocab, torch.Generator().manual_seed(0), temperature, task)
+        return policy, reference, r, seen["batch"], seen["tokens"]
+
+    return make
+
+
+def plain_logprobs(model, batch, tokens, temperature):
+    """Log-probs of all ids at every position, (N, L-1, V), from whole sequences: the oracle."""
+    logits = model(tokens[:, :-1], batch.patch[:, :-1]) @ model.head.T / temperature
+    ids = torch.arange(len(model.head))
+    return logits.masked_fill((ids < batch.lo[:, 1:, None]) | (ids >= batch.hi[:, 1:, None]), -1e9).log_softmax(-1)
+
+
+@pytest.mark.parametrize("task", ["draw", "caption", "ask", "reason"])
+def test_a_rollout_keeps_the_log_probs_it_was_sampled_with_and_those_of_the_base(rolled, task):
+    policy, reference, r, batch, tokens = rolled(task)
+    loss, metrics = rollout_loss(policy, reference, r, fused_linear_grpo_loss, temperature=0.8)
+    chosen = completion_mask(batch, tokens)[:, 1:]
+    assert (r.tail[r.mask] == tokens[:, 1:][chosen]).all() and r.mask.sum() == chosen.sum()
+    every, ref = (plain_logprobs(m, batch, tokens, 0.8) for m in (policy, reference))
+    for kept, logprobs in ((r.old_logprobs, every), (r.ref_logprobs, ref)):
+        expected = logprobs.gather(-1, tokens[:, 1:, None])[..., 0][chosen]
+        torch.testing.assert_close(kept[r.mask], expected, check_dtype=False)
+    kl = (every.exp() * (every - ref)).sum(-1)[chosen].mean()
+    assert r.stats[f"kl_{task}"] == pytest.approx(kl.item()) and r.stats[f"{task}_half"] == 0.5
+    assert r.stats[f"reward_{task}"] == 5.5 and r.stats["tokens"] == int(chosen.sum())
+    assert metrics["ratio"] == pytest.approx(1) and metrics["clip_low"] == metrics["clip_high"] == 0
+
+
+@pytest.mark.parametrize("task", ["draw", "reason"])
+def test_the_first_loss_is_zero_its_gradient_is_not_and_a_second_pass_sees_the_move(rolled, task):
+    policy, reference, r, *_ = rolled(task)
+    loss, _ = rollout_loss(policy, reference, r, fused_linear_grpo_loss, temperature=0.8, kl_coef=0.0, reduction="sequence")
+    loss.backward()
+    assert abs(float(loss)) < 1e-6 and all(p.grad.abs().max() > 1e-5 for p in policy.parameters())
+    old = r.old_logprobs.clone()
+    with torch.no_grad():
+        for p in policy.parameters():
+            p -= 1e-2 * p.grad
+    moved, metrics = rollout_loss(policy, reference, r, fused_linear_grpo_loss, temperature=0.8, kl_coef=0.0, reduction="sequence")
+    assert torch.equal(r.old_logprobs, old) and metrics["ratio"] != 1 and moved < -1e-5
+
+
+def test_groups_without_spread_are_counted(rolled):
+    *_, r, _, _ = rolled("ask")
+    assert r.stats["zero_spread_ask"] == 0 and r.rewards.shape == (3, 4)

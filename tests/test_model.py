@@ -6,9 +6,22 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from data import EOS, IMAGE, PAD, Batch, World, render, sample_scene
-from model import Codebook, ModelConfig, RMSNorm, Transformer, completion_mask, pick_device, rotate, sample
+from model import (
+    Codebook,
+    ModelConfig,
+    RMSNorm,
+    Transformer,
+    completion_mask,
+    completion_states,
+    first_choices,
+    pick_device,
+    rotate,
+    sample,
+    tails,
+)
 
 TASKS = World.tasks
 
@@ -192,13 +205,81 @@ def test_the_head_is_the_embedding(model):
 # ---------------------------------------------------------------- sampling
 
 
+def plainly_sampled(model, batch, vocab, generator, temperature, guidance):
+    """The oracle: no cache and nothing shared; for every token the whole sequence is read again."""
+    (n, length), rows = batch.tokens.shape, torch.arange(len(batch.tokens))
+    views = [batch.tokens.clone()]
+    if guidance:
+        views.append(batch.blank(torch.ones(n, dtype=torch.bool), vocab.n_text).tokens)
+    start, ended = (batch.tokens < 0).int().argmax(1), torch.zeros(n, dtype=torch.bool)
+    for k in range(length):
+        at = start + k  # every row goes on from its own first choice; past its end it stays where it is
+        inside, at = at < length, at.clamp(max=length - 1)
+        if not inside.any() or not any((view < 0).any() for view in views):
+            break
+        logits = [(model(view.clamp(min=0), batch.patch) @ model.head.T)[rows, at - 1] for view in views]
+        logits = logits[0] if not guidance else (1 + guidance) * logits[0] - guidance * logits[1]
+        ids = torch.arange(vocab.size)
+        lo, hi = (torch.where(inside, x[rows, at], e)[:, None] for x, e in ((batch.lo, 0), (batch.hi, vocab.size)))
+        p = logits.masked_fill((ids < lo) | (ids >= hi), -torch.inf)
+        if temperature:
+            p = torch.softmax(p / temperature, -1)
+            p = p / torch.empty_like(p).exponential_(generator=generator)
+        chosen = (batch.tokens[rows, at] < 0) & inside
+        new = torch.where(ended & chosen, PAD, p.argmax(-1))
+        ended = (ended & chosen) | (chosen & (new == EOS))
+        for view in views:
+            view[rows[chosen], at[chosen]] = new[chosen]
+    return views[0]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 @pytest.mark.parametrize("tasks", [*[(task,) for task in TASKS], TASKS], ids=lambda tasks: "+".join(tasks))
 def test_cached_sampling_equals_uncached_token_for_token(model, vocab, codebook, tasks, guidance, temperature):
     batch = batch_of(vocab, codebook, tasks, n=2)
-    filled = [sample(model, batch, vocab, torch.Generator().manual_seed(3), temperature, guidance, cached) for cached in (True, False)]
-    assert torch.equal(*filled) and (filled[0] >= 0).all()
+    cached = sample(model, batch, vocab, torch.Generator().manual_seed(3), temperature, guidance)
+    assert (cached >= 0).all()
+    assert torch.equal(cached, plainly_sampled(model, batch, vocab, torch.Generator().manual_seed(3), temperature, guidance))
+
+
+@pytest.mark.parametrize("tasks", [("draw",), ("reason",), TASKS], ids=lambda tasks: "+".join(tasks))
+def test_candidates_that_share_a_prompt_are_those_of_repeated_prompts(model, vocab, codebook, tasks):
+    batch = batch_of(vocab, codebook, tasks, n=2)
+    shared, alone = (sample(model, b, vocab, torch.Generator().manual_seed(3), group=g) for b, g in ((batch, 4), (batch.repeat(4), 1)))
+    assert torch.equal(shared, alone) and len(shared) == 4 * len(batch.tokens)
+    groups = shared.view(-1, 4, shared.shape[1])
+    assert (groups != groups[:, :1]).any(2).float().mean() > 0.5  # and candidates of a prompt differ
+
+
+@pytest.mark.parametrize("tasks", [*[(task,) for task in TASKS], TASKS], ids=lambda tasks: "+".join(tasks))
+def test_states_and_gradients_after_a_shared_prompt_are_those_of_whole_sequences(vocab, codebook, tasks):
+    """In float64: the candidates' tails on top of prompts that are read once, against every sequence read from its start."""
+    model, batch, group = lively(vocab, codebook).double(), batch_of(vocab, codebook, tasks, n=2), 3
+    tokens, repeated = sample(model, batch, vocab, torch.Generator().manual_seed(0), group=group), batch.repeat(group)
+    start, length = first_choices(repeated)
+    mask = tails(completion_mask(repeated, tokens), start, length, False)
+    tail, patch = tails(tokens, start, length), tails(repeated.patch, start, length, -1)
+    weight = torch.randn(int(mask.sum()), 32, dtype=torch.float64)
+    found = []
+    for whole in (False, True):
+        model.zero_grad()
+        if whole:
+            states = F.pad(model(tokens, repeated.patch), (0, 0, 0, length))
+            states = states[torch.arange(len(tokens))[:, None], start[:, None] - 1 + torch.arange(length)]
+        else:
+            states = completion_states(model, batch, tail, patch)
+        (states[mask] * weight).sum().backward()
+        found.append((states[mask].detach(), [p.grad.clone() for p in model.parameters()]))
+    torch.testing.assert_close(*found)
+
+
+def test_tails_start_at_the_first_choice_and_are_filled_at_the_end():
+    tokens = torch.tensor([[1, 2, -1, -1, 5], [1, 2, 3, -1, 5]])
+    batch = Batch(*[tokens] * 5)
+    start, length = first_choices(batch)
+    assert start.tolist() == [2, 3] and length == 2
+    assert tails(tokens, start, 3).tolist() == [[-1, -1, 5], [-1, 5, PAD]]
 
 
 def test_given_tokens_stay_and_chosen_ones_lie_in_their_range(model, vocab, codebook):
