@@ -291,6 +291,34 @@ def edits(caption):
             and not (kind == "add" and e.kinds[-1] in said)]
 
 
+def scene_edits(scene):
+    """All scenes one small edit away, as (kind, scene): what `edits` is to captions. Here position moves an object to a free
+    cell and relation makes two objects exchange theirs.
+
+    >>> [edited[0].kind for kind, edited in scene_edits([Object("red", "circle", "big", 0, 0)]) if kind == "shape"]
+    [('red', 'square'), ('red', 'triangle')]
+    """
+    free = [c for c in itertools.product((0, 1), (0, 1)) if c not in [(o.row, o.column) for o in scene]]
+    changed = []
+    for i, o in enumerate(scene):
+        swap = lambda kind, o, j=None, p=None: changed.append(  # noqa: E731
+            (kind, [o if k == i else p if k == j else q for k, q in enumerate(scene)]))
+        for name, words in (("color", COLORS), ("shape", SHAPES), ("size", SIZES)):
+            for word in words:
+                swap(name, o._replace(**{name: word}))
+        for row, column in free:
+            swap("position", o._replace(row=row, column=column))
+        if len(scene) > 1:
+            changed.append(("drop", scene[:i] + scene[i + 1 :]))
+        for j, p in enumerate(scene[:i]):
+            swap("relation", o._replace(row=p.row, column=p.column), j, p._replace(row=o.row, column=o.column))
+            if o.color != p.color and o.shape != p.shape:
+                swap("swap", o._replace(color=p.color), j, p._replace(color=o.color))
+    for (color, shape), size, (row, column) in itertools.product(KINDS, SIZES, free):
+        changed.append(("add", [*scene, scene[0]._replace(color=color, shape=shape, size=size, row=row, column=column)]))
+    return [(kind, e) for kind, e in changed if e != scene and len({o.kind for o in e}) == len(e)]
+
+
 # ---------------------------------------------------------------- questions, with worked steps for the two-hop ones
 
 
@@ -373,6 +401,18 @@ class World:
         for i in range(n):
             e = self.example(rng, self.tasks[i % 5], "three" if i % 2 else "paired")
             yield f"{e.prompt} {e.answer}"
+
+    def lookalikes(self, rng, n, split="train", family=8):
+        """n clean captions with their pictures, in families of scenes one edit apart: hard candidates for retrieval."""
+        scenes = []
+        while len(scenes) < n:
+            scene, kinds = sample_scene(rng, "paired", self.jitter), {}
+            for kind, e in scene_edits(scene):
+                if len(e) < 3 and in_pool("paired", [o.kind for o in e]):
+                    kinds.setdefault(kind, []).append(e)
+            scenes += [scene, *(rng.choice(rng.choice(list(kinds.values()))) for _ in range(family - 1))]
+        captions = [true_caption(rng, scene) for scene in scenes[:n]]
+        return [Example("caption", render(scene), "", caption.text(), (scene, caption)) for scene, caption in zip(scenes, captions)]
 
     def prompt_pool(self, rng, task):
         """Where the GRPO stage takes its prompts from: half of them ask for, or show, three objects."""
@@ -639,6 +679,9 @@ class FashionMNIST:
             e = self.example(rng, self.tasks[i % 4])
             yield f"{e.prompt} {e.answer}"
 
+    def lookalikes(self, rng, n, split="train"):
+        return [self.example(rng, "caption", split=split) for _ in range(n)]
+
     def prompt_pool(self, rng, task):
         return "paired"
 
@@ -699,10 +742,10 @@ class Batch(NamedTuple):
         """Every row `times` times, one after the other: the groups of GRPO."""
         return Batch(*(t.repeat_interleave(times, 0) for t in self))
 
-    def blank(self, rows, n_text):
-        """With the given words of some rows, (N,) bool, replaced by <pad>: the prompts that guidance learns to do without."""
-        words = rows[:, None] & (self.tokens >= EOS) & (self.tokens < n_text)
-        return self._replace(tokens=self.tokens.masked_fill(words, PAD), target=self.target.masked_fill(words, PAD))
+    def blank(self, rows):
+        """With the words and codes that some rows, (N,) bool, are given replaced by <pad>: the same task, told nothing."""
+        given = rows[:, None] & (self.tokens >= EOS)
+        return self._replace(tokens=self.tokens.masked_fill(given, PAD), target=self.target.masked_fill(given, PAD))
 
 
 class Vocabulary:

@@ -10,6 +10,10 @@ It is no reward, and it chooses no checkpoint; temperatures are chosen on valida
                    the mean over pixels of |a - b| / 255
   (E3) interval of a rate: Wilson, 95%      (E4) of a mean: mean +- 1.96 standard errors
   (E5) text NLL  = - sum of log-probs of held-out captions / their tokens, nats a token
+  (E6) retrieval: PMI(c, x) = log p(c|x) - log mean_x' p(c|x'), by the model itself; is its own the first of 64 candidates?
+                   Scenes one edit apart are among them; what is also true of the picture by its scene is not
+  (E7) frechet   = |m - n|^2 + tr(C + D - 2 (C D)^(1/2)), means and covariances of real and of drawn pictures as the second
+                   CLIP sees them: 64 numbers a picture. It is not the FID of the Inception network
 
 A result on drawing is a *front*: quality against diversity over temperatures. One number at temperature 1 says little,
 because a low temperature alone makes a model look better and duller.
@@ -36,8 +40,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from data import BACKGROUND, COLORS, SHAPES, SIZES, Example, Object, Vocabulary, make_sources, parse_caption, related, shape_mask
-from model import Codebook, ModelConfig, Transformer, completion_mask, pick_device, sample
+from data import BACKGROUND, COLORS, EOS, PAD, SHAPES, SIZES, Example, Object, Vocabulary, make_sources, parse_caption, related, shape_mask
+from kernels import selected_logprobs
+from model import Codebook, ModelConfig, Transformer, completion_mask, completion_states, first_choices, pick_device, sample, tails
 from reward import CLIP, clip_score, exact_match
 
 # ---------------------------------------------------------------- the judge: picture -> objects -> is the prompt true?
@@ -272,6 +277,31 @@ class Evaluator:
         return rows
 
     @torch.no_grad()
+    def caption_logprobs(self, examples, texts):
+        """log p(text | picture) of M texts for each of N pictures, (N, M), under the caption task."""
+        device, vocab = self.model.head.device, self.vocab
+        codes = self.codebook.encode(np.stack([e.picture for e in examples]))
+        templates = vocab.batch([e._replace(prompt="", answer="") for e in examples], codes, device)
+        written = vocab.batch([e._replace(task="text", prompt="", answer=t) for e, t in zip(examples, texts, strict=True)], codes, device)
+        tail = tails(written.target, *first_choices(written))  # (M, T)
+        tail = tail[:, : int((tail != PAD).sum(1).max())].repeat(len(examples), 1)  # every text for every picture
+        hidden = completion_states(self.model, templates, tail, torch.full_like(tail, -1))
+        lo, hi = torch.full_like(tail, EOS), torch.full_like(tail, vocab.n_text)
+        logprobs = selected_logprobs(hidden, self.model.head, tail.clamp(min=EOS), lo=lo, hi=hi)
+        return torch.where(tail != PAD, logprobs, 0.0).sum(1).view(len(examples), -1)
+
+    def retrieval(self, n, size=64):
+        """R@1 among `size` candidates, both ways, from at least n queries: (i2t (N,) bool, t2i (N,) bool, chance level)."""
+        rng, found, chance = random.Random(f"{self.split}/{self.seed}/{self.source.name}/retrieval"), [], []
+        for _ in range(math.ceil(n / size)):
+            examples = self.source.lookalikes(rng, size, self.split)
+            texts = [e.answer for e in examples]
+            also = np.stack([self.judge.caption([e] * size, texts) for e in examples]) & ~np.eye(size, dtype=bool)
+            found.append(ranked_first(self.caption_logprobs(examples, texts).cpu().numpy(), also))
+            chance.append(np.mean([1 / (size - also.sum(axis)) for axis in (0, 1)]))
+        return *np.concatenate(found, 1), float(np.mean(chance))
+
+    @torch.no_grad()
     def text_nll(self, n):
         """Negative log-likelihood of held-out clean captions, nats a token."""
         device, sums, counts = self.model.head.device, [], []
@@ -284,6 +314,39 @@ class Evaluator:
         mask = batch.mask[:, 1:]
         sums, counts = -torch.where(mask, logprobs, 0.0).sum(1), mask.sum(1)
         return average((sums / counts).cpu().numpy(), counts.cpu().numpy())  # (E5)
+
+
+def ranked_first(logprobs, also):
+    """logprobs (M, M) of text j given picture i; also (M, M) bool: text j is true of picture i as well, although not its
+    own, and no candidate -> (2, M) bool: is a picture's own text first, and a text's own picture?
+
+    Short texts are likely whatever the picture shows; the prior, a text's mean probability over all pictures, is removed.
+
+    >>> ranked_first(np.log([[0.9, 0.3], [0.8, 0.1]]), np.zeros((2, 2), bool)).tolist()  # 0.9/0.85 < 0.3/0.2; 0.9 > 0.8
+    [[False, False], [True, False]]
+    """
+    prior = np.logaddexp.reduce(logprobs, 0, keepdims=True) - math.log(len(logprobs))
+    pmi, own = np.where(also, -np.inf, logprobs - prior), np.arange(len(logprobs))  # (E6)
+    return np.stack((pmi.argmax(1) == own, pmi.argmax(0) == own))
+
+
+def frechet(a, b):
+    """Frechet distance of two sets of vectors (N, D), (M, D), each taken for a Gaussian; >= 0. Source: arXiv:1706.08500.
+
+    >>> round(frechet(np.array([[0.0], [2.0]]), np.array([[3.0], [7.0]])), 6)  # means 1 and 5, std sqrt 2 and 2 sqrt 2
+    18.0
+    """
+    (m, c), (n, d) = ((x.mean(0), np.atleast_2d(np.cov(x, rowvar=False))) for x in (np.asarray(a, np.float64), np.asarray(b, np.float64)))
+    values, vectors = np.linalg.eigh(c)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    both = np.sqrt(np.linalg.eigvalsh(root @ d @ root).clip(min=0)).sum()  # trace of the root of c d
+    return float(np.square(m - n).sum() + np.trace(c) + np.trace(d) - 2 * both)  # (E7)
+
+
+@torch.no_grad()
+def embed(clip, pictures, batch=512):
+    """Pictures (N, S, S, 3) uint8 -> what a CLIP makes of each, (N, D) on the CPU."""
+    return torch.cat([clip.embed_image(part).cpu() for part in np.array_split(pictures, math.ceil(len(pictures) / batch))]).numpy()
 
 
 def tidy(x):
@@ -302,7 +365,7 @@ def decode(vocab, codebook, task, batch, tokens):
 TEMPERATURES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 METRICS = {  # group: metrics; those that no task of a run gives are null
     "understanding": ("vqa", "vqa_three", "retrieval_i2t_r1", "retrieval_t2i_r1", "caption", "caption_three"),
-    "generation": ("compose", "compose_heldout", "compose_pairs", "compose_unprompted", "clip_score", "frechet", "story",
+    "generation": ("compose", "compose_heldout", "compose_pairs", "compose_unprompted", "clip_score", "frechet", "frechet_floor", "story",
                    "diversity", "diversity_heldout"),  # fmt: skip
     "reasoning": ("visual", "multihop", "multihop_three"),
     "language": ("text_nll",),
@@ -314,17 +377,24 @@ def measure(evaluator, clip, n=1000):
     the drawings by kind of statement, and the best temperature, chosen on validation prompts."""
     e, judge, found, breakdown = evaluator, evaluator.judge, {}, {}
     for metric, pools in judge.pools.items():  # at temperature 1, one picture a prompt
-        examples = e.examples("draw", n, pools)
+        examples = e.examples("draw", 2 * n if metric == "compose" else n, pools)
         pictures = e.outputs(examples)
         right, breakdown[metric] = judge.draw(examples, pictures)
         found[metric] = rate(right)
         if metric == "compose":
             found["clip_score"] = average(clip_score(clip, e.vocab, pictures, [x.prompt for x in examples]).cpu().numpy())
+            real, other = (np.stack([x.picture for x in some]) for some in (examples, e.examples("caption", 2 * n, pools)))
+            seen = [embed(clip, x) for x in (pictures, real, other)]
+            for name, ours in {"frechet": seen[0], "frechet_floor": seen[1]}.items():
+                found[name] = {"value": round(frechet(ours, seen[2]), 5), "low": None, "high": None, "n": 2 * n}
     for metric, task in {"vqa": "ask", "caption": "caption", "multihop": "reason"}.items():  # the most likely answer
         if task in e.source.tasks:
             found[metric] = rate(e.answers(task, n))
             if "compose_heldout" in judge.pools:
                 found[f"{metric}_three"] = rate(e.answers(task, n, ("three",)))
+    *both_ways, chance = e.retrieval(n)
+    for metric, right in zip(("retrieval_i2t_r1", "retrieval_t2i_r1"), both_ways):
+        found[metric] = rate(right) | {"chance": round(chance, 4)}
     found["text_nll"] = e.text_nll(n)
     return {g: {m: found.get(m) for m in names} for g, names in METRICS.items()}, breakdown
 
@@ -362,12 +432,12 @@ def evaluate(models, vocab, codebook, source, judge, clip, n=1000, seed=0, promp
 def table(result):
     """eval.json as text: base beside aligned, metric by metric, then the fronts."""
     models = [m for m in ("base", "aligned") if m in result]
-    lines = [f"{'':22}" + "".join(f"{m:>22}" for m in models)]
+    lines = [f"{'':22}" + "".join(f"{m:>30}" for m in models)]
     for group, metrics in METRICS.items():
         for metric in metrics:
             cells = [result[m][group].get(metric) for m in models]
             if any(cells):
-                lines.append(f"{metric:22}" + "".join(f"{show(c):>22}" for c in cells))
+                lines.append(f"{metric:22}" + "".join(f"{show(c):>30}" for c in cells))
     lines.append(f"\n{'temperature':22}" + "".join(f"{f'{m}: quality @ diversity':>34}" for m in models))
     for rows in zip(*(result["sweep"][m] for m in models)):
         cells = [" | ".join(f"{100 * r[q]:.0f} @ {100 * (r[d] or 0):.0f}" for q, d in (
@@ -375,6 +445,7 @@ def table(result):
         lines.append(f"{rows[0]['temperature']:<22}" + "".join(f"{c:>34}" for c in cells))
     if result["judge_accuracy"] < 1:
         lines.append(f"the judge itself is right on {result['judge_accuracy']:.1%} of real test pictures")
+    lines.append("in round brackets: chance level; frechet: in the space of the second CLIP, frechet_floor: real against real pictures")
     best = ", ".join(f"{m} {result['best_temperature'][m]}" for m in models)
     lines.append(f"best temperature, chosen on validation prompts: {best}")
     if "compose_heldout" in rows[0]:
@@ -385,7 +456,8 @@ def table(result):
 def show(cell):
     if cell is None or cell["value"] is None:
         return "-"
-    return f"{cell['value']:.3f}" + (f" [{cell['low']:.3f}, {cell['high']:.3f}]" if cell["low"] is not None else "")
+    interval = f" [{cell['low']:.3f}, {cell['high']:.3f}]" if cell["low"] is not None else ""
+    return f"{cell['value']:.3f}" + interval + (f" ({cell['chance']:.3f})" if "chance" in cell else "")
 
 
 def compare(folders):

@@ -282,8 +282,8 @@ def sample(model, batch, vocab, generator=None, temperature=1.0, guidance=0.0, g
     template, lo, hi, patch = (
         tails(x, start, length, fill).repeat_interleave(group, 0) for x, fill in zip((batch.tokens, *batch[2:]), (PAD, 0, vocab.size, -1)))
     views = [batch]
-    if guidance:  # the same templates with their words blanked out
-        views.append(batch.blank(torch.ones_like(start, dtype=torch.bool), vocab.n_text))
+    if guidance:  # the same templates, told nothing
+        views.append(batch.blank(torch.ones_like(start, dtype=torch.bool)))
     runs = [Prompted(model, view, group, length - 1) for view in views]
     given = [tails(view.tokens, start, length).repeat_interleave(group, 0) for view in views]
     states, tail = [run.state for run in runs], template.clone()

@@ -409,13 +409,16 @@ def test_repeating_puts_the_candidates_of_one_prompt_next_to_each_other(vocab):
     assert (batch.repeat(3).tokens == batch.tokens[[0, 0, 0, 1, 1, 1]]).all()
 
 
-def test_blanking_a_row_leaves_nothing_of_its_words_but_all_that_frames_and_answers_them(vocab):
-    batch = vocab.batch([Example("draw", None, "a circle", "")] * 2, CODES.expand(2, -1))
-    blank = batch.blank(torch.tensor([True, False]), vocab.n_text)
-    words = torch.tensor([False, False, True, True] + [False] * 17)  # <bos> <draw> a circle <image> and 16 codes
+@pytest.mark.parametrize("task", ["draw", "caption"])
+def test_blanking_a_row_leaves_nothing_of_what_it_is_given_but_all_that_frames_and_answers_it(vocab, task):
+    batch = vocab.batch([Example(task, None, *(("a circle", "") if task == "draw" else ("", "a circle")))] * 2, CODES.expand(2, -1))
+    blank = batch.blank(torch.tensor([True, False]))
+    frame = {"draw": 2, "caption": 3}[task]  # <bos> <draw> a circle <image> -> codes; <bos> <caption> <image> codes <answer> -> a circle
+    told = torch.arange(batch.tokens.shape[1])
+    told = (told >= frame) & (told < frame + {"draw": 2, "caption": 16}[task])
     for name in ("tokens", "target"):
         before, after = getattr(batch, name), getattr(blank, name)
-        assert (after[0] == torch.where(words, PAD, before[0])).all() and (after[1] == before[1]).all()
+        assert (after[0] == torch.where(told, PAD, before[0])).all() and (after[1] == before[1]).all()
     assert (blank.mask == batch.mask).all() and (blank.lo == batch.lo).all() and (blank.patch == batch.patch).all()
 
 

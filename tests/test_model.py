@@ -210,7 +210,7 @@ def plainly_sampled(model, batch, vocab, generator, temperature, guidance):
     (n, length), rows = batch.tokens.shape, torch.arange(len(batch.tokens))
     views = [batch.tokens.clone()]
     if guidance:
-        views.append(batch.blank(torch.ones(n, dtype=torch.bool), vocab.n_text).tokens)
+        views.append(batch.blank(torch.ones(n, dtype=torch.bool)).tokens)
     start, ended = (batch.tokens < 0).int().argmax(1), torch.zeros(n, dtype=torch.bool)
     for k in range(length):
         at = start + k  # every row goes on from its own first choice; past its end it stays where it is

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from data import HELDOUT_PAIRS, IMAGE, PROMPT_PAIRS, SPECIAL, pairs_of, parse_caption
+from data import HELDOUT_PAIRS, IMAGE, PAD, PROMPT_PAIRS, SPECIAL, pairs_of, parse_caption
 from grpo import combine_rewards, group_advantages, pairwise_advantages
 from train import Config, Stopped, Trainer, make_config, parse_flags, schedule
 
@@ -417,20 +417,23 @@ def paired(vocab, codebook, tmp_path):
 
 
 def test_no_picture_of_three_objects_or_of_a_special_pair_comes_with_its_words(paired):
-    lengths, blank = set(), 0
+    lengths, alone = set(), {"<draw>": 0, "<caption>": 0}
     for batch in (b for step in range(12) for b in paired.pairs(paired.rng("pretrain", step), 64)):
         for given, target in zip(batch.tokens.tolist(), batch.target.tolist()):
-            if given[1] == SPECIAL.index("<draw>"):
+            task = SPECIAL[given[1]]
+            if task == "<draw>":
                 caption = parse_caption(paired.vocab.decode(given[2 : given.index(IMAGE)]))
-                blank += caption is None
-            elif given[1] == SPECIAL.index("<caption>"):
+                blank = caption is None
+            elif task == "<caption>":
                 caption = parse_caption(paired.vocab.decode([t for t, g in zip(target, given) if g < 0]))
+                blank = set(given[3:19]) == {PAD}
             else:
                 continue
-            if caption:
+            alone[task] += blank
+            if not blank:
                 lengths.add(len(caption.mentions))
                 assert not pairs_of(caption.kinds) & (HELDOUT_PAIRS | PROMPT_PAIRS)
-    assert lengths == {1, 2} and blank > 10  # the pictures that come alone have nothing between <draw> and <image>
+    assert lengths == {1, 2} and min(alone.values()) > 10  # what comes alone has nothing but padding on the other side
 
 
 def test_the_filter_never_judges_by_words_that_no_one_may_see(paired):
