@@ -40,9 +40,24 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from data import BACKGROUND, COLORS, EOS, PAD, SHAPES, SIZES, Example, Object, Vocabulary, make_sources, parse_caption, related, shape_mask
+from data import (
+    BACKGROUND,
+    COLORS,
+    EOS,
+    PAD,
+    SHAPES,
+    SIZES,
+    Batch,
+    Example,
+    Object,
+    Vocabulary,
+    make_sources,
+    parse_caption,
+    related,
+    shape_mask,
+)
 from kernels import selected_logprobs
-from model import Codebook, ModelConfig, Transformer, completion_mask, completion_states, first_choices, pick_device, sample, tails
+from model import Codebook, ModelConfig, Transformer, completion_mask, completion_states, pick_device, sample
 from reward import CLIP, clip_score, exact_match
 
 # ---------------------------------------------------------------- the judge: picture -> objects -> is the prompt true?
@@ -281,14 +296,19 @@ class Evaluator:
         """log p(text | picture) of M texts for each of N pictures, (N, M), under the caption task."""
         device, vocab = self.model.head.device, self.vocab
         codes = self.codebook.encode(np.stack([e.picture for e in examples]))
-        templates = vocab.batch([e._replace(prompt="", answer="") for e in examples], codes, device)
-        written = vocab.batch([e._replace(task="text", prompt="", answer=t) for e, t in zip(examples, texts, strict=True)], codes, device)
-        tail = tails(written.target, *first_choices(written))  # (M, T)
-        tail = tail[:, : int((tail != PAD).sum(1).max())].repeat(len(examples), 1)  # every text for every picture
-        hidden = completion_states(self.model, templates, tail, torch.full_like(tail, -1))
-        lo, hi = torch.full_like(tail, EOS), torch.full_like(tail, vocab.n_text)
-        logprobs = selected_logprobs(hidden, self.model.head, tail.clamp(min=EOS), lo=lo, hi=hi)
-        return torch.where(tail != PAD, logprobs, 0.0).sum(1).view(len(examples), -1)
+        asked = vocab.batch([e._replace(prompt="", answer="") for e in examples], codes, device)
+        written = [torch.tensor(vocab.encode(t) + [EOS], device=device) for t in texts]
+        found = torch.empty(len(examples), len(texts))
+        for which in np.array_split(sorted(range(len(texts)), key=lambda j: len(written[j])), 4):  # texts of like length
+            some = torch.nn.utils.rnn.pad_sequence([written[j] for j in which], True, PAD)  # (m, T)
+            for i in range(0, len(examples), 16):  # pictures at a time
+                pictures = Batch(*(x[i : i + 16] for x in asked))
+                tail = some.repeat(len(pictures.tokens), 1)  # every text for every picture
+                hidden = completion_states(self.model, pictures, tail, torch.full_like(tail, -1))
+                lo, hi = torch.full_like(tail, EOS), torch.full_like(tail, vocab.n_text)
+                logprobs = selected_logprobs(hidden, self.model.head, tail.clamp(min=EOS), lo=lo, hi=hi)
+                found[i : i + 16, which] = torch.where(tail != PAD, logprobs, 0.0).sum(1).view(-1, len(which)).cpu()
+        return found
 
     def retrieval(self, n, size=64):
         """R@1 among `size` candidates, both ways, from at least n queries: (i2t (N,) bool, t2i (N,) bool, chance level)."""

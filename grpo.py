@@ -14,6 +14,9 @@ policy that sampled, and a KL penalty keeps the policy close to the frozen base 
 (G9) L = sum_nt l / sum_nt m  |  1/N sum_n (sum_t l / sum_t m)  |  sum_nt l / (N max_tokens),  over the valid tokens
 (G10) KL(policy||ref)_t = sum_id p(id) log( p(id) / p_ref(id) ),  H_t = - sum_id p(id) log p(id)     exact, for the log
 
+(G11) L = - sum_t logprob_t of the best of each group / their tokens      a control: rejection-sampling fine-tuning
+(G12) L = - log sigmoid( beta sum_t (logprob - ref)_t(best) - beta sum_t (logprob - ref)_t(worst) )      a control: DPO
+
 Symbols: B prompts, G candidates per prompt, N = B*G sequences (row n answers prompt n // G), T completion tokens,
 r rewards (B,G), A advantages, m (N,T) the completion mask: > 0 is valid.
 
@@ -35,6 +38,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data import Batch
@@ -245,6 +249,46 @@ def grpo_loss(
         watched["kl"] = kl
     metrics = {name: reduce_tokens(x.detach().to(ratio.dtype), mask) for name, x in watched.items()}
     return reduce_tokens(per_token, mask, reduction, max_tokens), metrics
+
+
+# ---------------------------------------------------------------- controls: the same rewards, without GRPO
+
+
+def best_and_worst(rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewards (B,G) -> row numbers, in the B*G candidates, of the best and the worst of every group with a spread, (K,) each."""
+    rewards = checked_rewards(rewards)
+    first = torch.arange(len(rewards), device=rewards.device) * rewards.shape[1]
+    spread = rewards.amax(1) > rewards.amin(1)
+    return (first + rewards.argmax(1))[spread], (first + rewards.argmin(1))[spread]
+
+
+def rejection_loss(logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
+    """Rejection-sampling fine-tuning: next-token learning on the best candidate of every group, and nothing else.
+
+    logprobs, ref_logprobs (not used) and mask (N,T), rewards (B,G) with N = B*G -> loss. 0 where no group has a spread.
+
+    >>> logprobs = torch.tensor([[0.5], [0.2], [0.1], [0.3]]).log()
+    >>> loss = rejection_loss(logprobs, logprobs, torch.tensor([[0.0, 1.0], [2.0, 2.0]]), torch.ones(4, 1))
+    >>> round(loss.item(), 4)  # -log 0.2
+    1.6094
+    """
+    best, _ = best_and_worst(rewards)
+    return -reduce_tokens(logprobs[best], mask[best])  # (G11)
+
+
+def dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, mask: Tensor, beta: float = 0.1) -> Tensor:
+    """Direct preference optimization on one pair a group, its best against its worst candidate. Source: arXiv:2305.18290.
+
+    logprobs, ref_logprobs, mask (N,T), rewards (B,G) with N = B*G -> loss. 0 where no group has a spread.
+
+    >>> new, ref = torch.tensor([[0.5], [0.1]]).log(), torch.tensor([[0.25], [0.2]]).log()
+    >>> round(dpo_loss(new, ref, torch.tensor([[1.0, 0.0]]), torch.ones(2, 1), beta=0.5).item(), 4)  # -log sigmoid(log 4 / 2)
+    0.4055
+    """
+    valid = mask > 0
+    gain = (torch.where(valid, logprobs, 0.0) - torch.where(valid, ref_logprobs.detach(), 0.0)).sum(1)
+    best, worst = best_and_worst(rewards)
+    return -F.logsigmoid(beta * (gain[best] - gain[worst])).sum() / max(len(best), 1)  # (G12)
 
 
 # ---------------------------------------------------------------- one step: sample and reward, then the loss

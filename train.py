@@ -97,7 +97,7 @@ class Config:
     clip_lr: float = 3e-3  # peak learning rate
     # GRPO
     grpo_steps: int = 80  # steps: each samples, rewards, scores and learns
-    prompts: int = 16  # drawing prompts a step; the other tasks get half as many
+    prompts: int = 16  # drawing prompts a step, and so many to ask; half to caption, a quarter to reason
     group_size: int = 8  # candidates a prompt
     epochs: int = 1  # optimisation passes over a rollout: with more than one the clipping acts
     grpo_lr: float = 2e-3  # peak learning rate
@@ -141,6 +141,7 @@ TOKEN_WEIGHT = {"draw": 1.5, "ask": 4.0}  # in its loss; others 1. An answer is 
 ALONE = 0.2  # share of the pictures to draw that come without words, and of the captions that come without a picture, half
 # of them of three objects: pictures alone and texts alone are cheap. It is what guidance needs, and it lets a policy
 # sample, once in a while, what no pair ever showed it
+GRPO_PROMPTS = {"draw": 1.0, "caption": 0.5, "ask": 1.0, "reason": 0.25}  # prompts of each task, as a share of --prompts
 GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5}  # weight of each task's mean token loss: a picture's
 # reward is spread over 16 tokens or 64, a short answer's over two, so the mean over tokens would let answers dominate
 
@@ -534,7 +535,7 @@ class Trainer:
         def sampled(rng, task):
             """One rollout of a task, from one source."""
             source = rng.choice([s for s in self.sources if task in s.tasks])
-            n = c.prompts if task == "draw" else max(c.prompts // 2, 1)
+            n = max(round(c.prompts * GRPO_PROMPTS[task]), 1)
             examples = [source.example(rng, task, source.prompt_pool(rng, task)) for _ in range(n)]
             batch = self.vocab.batch(examples, self.codebook.encode(np.stack([e.picture for e in examples])), self.device)
             parts = {}

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import itertools
+import math
 import random
 import re
 from pathlib import Path
@@ -328,6 +329,45 @@ def test_every_equation_has_a_line_and_every_tag_an_equation(name):
 def test_doctests():
     failed, attempted = doctest.testmod(grpo)
     assert failed == 0 and attempted >= 12
+
+
+# ---------------------------------------------------------------- controls
+
+
+def test_controls_learn_from_the_best_and_the_worst_and_skip_groups_without_spread():
+    rewards = torch.tensor([[0.1, 0.9, 0.5], [1.0, 1.0, 1.0], [3.0, 2.0, 1.0]])
+    best, worst = grpo.best_and_worst(rewards)
+    assert best.tolist() == [1, 6] and worst.tolist() == [0, 8]
+
+
+def test_rejection_learns_the_mean_token_of_the_best_only():
+    new, _, ref, _, mask = random_inputs(n=6)
+    new.requires_grad_()
+    loss = grpo.rejection_loss(new, ref, torch.tensor([[0.0, 2.0, 1.0], [5.0, 0.0, 1.0]]), mask)
+    expected = -(new[1][mask[1]].sum() + new[3][mask[3]].sum()) / (mask[1].sum() + mask[3].sum())
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert (new.grad[[0, 2, 4, 5]] == 0).all() and (new.grad[1][mask[1]] < 0).all()
+
+
+def test_dpo_is_the_formula_raises_the_best_lowers_the_worst_and_ignores_what_is_invalid():
+    new, _, ref, _, mask = random_inputs(n=6)
+    new, ref = new.masked_fill(~mask, torch.nan).requires_grad_(), ref.masked_fill(~mask, torch.inf)
+    loss = grpo.dpo_loss(new, ref, torch.tensor([[0.0, 2.0, 1.0], [5.0, 0.0, 1.0]]), mask, beta=0.3)
+    gain = [float((new[n] - ref[n])[mask[n]].sum()) for n in range(6)]
+    expected = [math.log1p(math.exp(-0.3 * (gain[b] - gain[w]))) for b, w in ((1, 0), (3, 4))]
+    assert float(loss.detach()) == pytest.approx(sum(expected) / 2)
+    loss.backward()
+    assert (new.grad[1][mask[1]] < 0).all() and (new.grad[0][mask[0]] > 0).all() and (new.grad[[2, 5]] == 0).all()
+    assert new.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [grpo.rejection_loss, grpo.dpo_loss])
+def test_controls_are_zero_and_move_nothing_when_no_group_has_a_spread(loss):
+    new = torch.zeros(4, 3, requires_grad=True)
+    value = loss(new, torch.zeros(4, 3), torch.ones(2, 2), torch.ones(4, 3))
+    value.backward()
+    assert float(value.detach()) == 0 and (new.grad == 0).all()
 
 
 # ---------------------------------------------------------------- rollouts: what is sampled is what is scored
