@@ -354,7 +354,7 @@ def test_dpo_is_the_formula_raises_the_best_lowers_the_worst_and_ignores_what_is
     new, _, ref, _, mask = random_inputs(n=6)
     new, ref = new.masked_fill(~mask, torch.nan).requires_grad_(), ref.masked_fill(~mask, torch.inf)
     loss = grpo.dpo_loss(new, ref, torch.tensor([[0.0, 2.0, 1.0], [5.0, 0.0, 1.0]]), mask, beta=0.3)
-    gain = [float((new[n] - ref[n])[mask[n]].sum()) for n in range(6)]
+    gain = [(new[n] - ref[n])[mask[n]].sum().item() for n in range(6)]
     expected = [math.log1p(math.exp(-0.3 * (gain[b] - gain[w]))) for b, w in ((1, 0), (3, 4))]
     assert float(loss.detach()) == pytest.approx(sum(expected) / 2)
     loss.backward()
