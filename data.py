@@ -200,6 +200,19 @@ class Caption(NamedTuple):
     def kinds(self):
         return [(m.color, m.shape) for m in self.mentions]
 
+    def holds(self, scene):
+        """Is everything that is said true of a scene, and every object of it named, as in all true captions?
+
+        >>> scene = [Object("red", "circle", "big", 0, 0), Object("blue", "circle", "big", 0, 1)]
+        >>> texts = ("a red circle and a blue shape", "a blue circle and a red shape", "a blue circle left of a shape", "a circle")
+        >>> [parse_caption(text).holds(scene) for text in texts]
+        [True, True, False, False]
+        """
+        return len(self.mentions) == len(scene) and any(
+            all(m.fits(o) for m, o in zip(self.mentions, objects))
+            and (not self.relation or related(objects[0], self.relation, objects[1]))
+            for objects in itertools.permutations(scene))  # fmt: skip
+
 
 _LOOK = r"a(?: (small|big))?(?: (red|green|blue|yellow))? (circle|square|triangle|shape)"
 _MENTION = re.compile(_LOOK + r"(?: at the (top|bottom) (left|right))?")

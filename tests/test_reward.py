@@ -8,9 +8,44 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import NOISE, Example, World, render, sample_scene
-from reward import CLIP, FLOOR, Rewards, agreement, clip_loss, clip_score, exact_match, match_logprob, text_ids, well_formed
-from train import make_optimizers
+from data import (
+    FASHION_CLASSES,
+    HELDOUT_PAIRS,
+    KINDS,
+    NOISE,
+    Example,
+    Object,
+    World,
+    edits,
+    in_pool,
+    pairs_of,
+    parse_caption,
+    render,
+    sample_scene,
+)
+from reward import (
+    CLIP,
+    FLOOR,
+    MIXES,
+    PreferenceModel,
+    Rewards,
+    agreement,
+    calibration,
+    clip_loss,
+    clip_score,
+    exact_match,
+    make_pairs,
+    match_logprob,
+    pair_accuracy,
+    pair_rewards,
+    preference_loss,
+    rank_pairs,
+    scene_edits,
+    set_anchor,
+    text_ids,
+    well_formed,
+)
+from train import make_optimizers, schedule
 
 TEXTS = ["a red circle", "a big blue square above a green triangle", "a red circle"]
 
@@ -160,6 +195,212 @@ def test_no_reward_carries_a_gradient(clip, vocab, pictures):
     assert not clip_score(clip, vocab, pictures[:3], TEXTS).requires_grad
 
 
+# ---------------------------------------------------------------- preferences
+
+
+EDITS = {"color", "shape", "size", "position", "relation", "swap", "drop", "add"}
+
+
+@pytest.fixture(scope="module")
+def prefers(vocab):
+    """A preference model whose every weight is random: at its start, all layers are identities."""
+    torch.manual_seed(0)
+    model = PreferenceModel(vocab.n_text, width=32, heads=2).eval()
+    for block in model.blocks:
+        torch.nn.init.normal_(block.out.weight, std=0.3), torch.nn.init.normal_(block.down.weight, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def clean_pairs():
+    return make_pairs(World(), random.Random(0), 600, noise=None)
+
+
+def shown(picture):
+    """The scene of a picture of the world without shifts, cell by cell."""
+    looks = {render([Object(*kind, size, 0, 0)])[:16, :16].tobytes(): (*kind, size) for kind in KINDS for size in ("small", "big")}
+    cells = [(looks.get(picture[16 * r : 16 * r + 16, 16 * c : 16 * c + 16].tobytes()), r, c) for r in (0, 1) for c in (0, 1)]
+    return [Object(*look, r, c) for look, r, c in cells if look]
+
+
+def test_the_preference_loss_is_that_of_a_hand_calculation():
+    better, worse = [2.0, -1.0, 0.5], [1.0, 1.0, 0.5]
+    by_hand = sum(-math.log(math.exp(b) / (math.exp(b) + math.exp(w))) for b, w in zip(better, worse)) / 3
+    assert float(preference_loss(torch.tensor(better), torch.tensor(worse))) == pytest.approx(by_hand)
+    moved = preference_loss(torch.tensor(better) + 7, torch.tensor(worse) + 7)
+    assert float(moved) == pytest.approx(by_hand)  # only differences count
+
+
+def test_a_pair_shares_what_is_judged_and_the_better_is_true_and_the_worse_false(clean_pairs):
+    assert len(clean_pairs) == 600 and all(p.clean for p in clean_pairs)
+    for p in clean_pairs:
+        (picture, text), (other, edited) = p.better, p.worse
+        assert parse_caption(text).holds(shown(picture)) and not parse_caption(edited).holds(shown(other))
+        assert (text == edited) == (p.direction == "draw") and (picture == other).all() == (p.direction == "caption")
+
+
+def test_both_directions_come_equally_often_and_with_every_kind_of_edit(clean_pairs):
+    for direction in ("caption", "draw"):
+        some = [p for p in clean_pairs if p.direction == direction]
+        assert len(some) == 300 and {p.kind for p in some} == EDITS
+
+
+@pytest.mark.parametrize("pool", ["paired", "three"])
+def test_both_sides_stay_in_the_pool(pool):
+    for p in make_pairs(World(), random.Random(1), 300, NOISE, pool):
+        for picture, text in (p.better, p.worse):
+            for kinds in ([o.kind for o in shown(picture)], parse_caption(text).kinds):
+                assert in_pool(pool, kinds) and not pairs_of(kinds) & HELDOUT_PAIRS and len(kinds) <= (2 if pool == "paired" else 3)
+
+
+def test_an_edited_caption_that_is_also_true_is_no_worse_one():
+    """Of (red circle, blue circle), "a red circle and a blue shape" and, colours swapped, "a blue circle and a red shape" are
+    both true: data.edits lists such an edit, no pair has it."""
+    scene = [Object("red", "circle", "big", 0, 0), Object("blue", "circle", "big", 0, 1)]
+    caption = parse_caption("a red circle and a blue shape")
+    assert any(e.holds(scene) for kind, e in edits(caption) if kind == "swap")
+
+    class Fixed(World):
+        def example(self, *_):
+            return Example("draw", render(scene), caption.text(), "", (scene, caption))
+
+    worse = [p.worse[1] for p in make_pairs(Fixed(), random.Random(0), 400) if p.direction == "caption"]
+    assert "a green circle and a blue shape" in worse and not any(parse_caption(text).holds(scene) for text in worse)
+
+
+def test_a_scene_edit_changes_the_scene_by_what_its_kind_says():
+    rng, seen = random.Random(0), set()
+    for _ in range(60):
+        scene = sample_scene(rng, "paired")
+        for kind, edited in scene_edits(scene):
+            seen.add(kind)
+            cells = [{(o.row, o.column) for o in s} for s in (scene, edited)]
+            assert len(cells[1]) == len(edited) == len({o.kind for o in edited})
+            assert len(edited) == len(scene) + {"add": 1, "drop": -1}.get(kind, 0)
+            if kind in ("add", "drop"):
+                assert len(set(scene) & set(edited)) == min(len(scene), len(edited))
+                continue
+            changed = {name for a, b in zip(scene, edited) for name in Object._fields if getattr(a, name) != getattr(b, name)}
+            assert changed <= ({"row", "column"} if kind in ("position", "relation") else {"color"} if kind == "swap" else {kind})
+            assert changed and (kind == "position") == (cells[0] != cells[1])
+            assert sum(a != b for a, b in zip(scene, edited)) == (2 if kind in ("relation", "swap") else 1)
+    assert seen == EDITS
+
+
+def test_noisy_captions_make_some_labels_wrong_and_the_pair_says_so():
+    """About one in six: a wrong word or a reversed relation. (An omission is still true.)"""
+    pairs = make_pairs(World(), random.Random(0), 1000, NOISE)
+    for p in pairs:
+        true = [parse_caption(text).holds(shown(picture)) for picture, text in (p.better, p.worse)]
+        assert p.clean == true[0] and not all(true)
+    assert 0.12 < sum(not p.clean for p in pairs) / 1000 < 0.22
+    assert any(parse_caption(p.worse[1]).holds(shown(p.worse[0])) for p in pairs)  # some edits repair the caption: kept
+
+
+def test_the_same_seed_gives_the_same_pairs():
+    one, other = (make_pairs(World(jitter=1), random.Random(3), 40) for _ in range(2))
+    for p, q in zip(one, other):
+        assert p[:2] == q[:2] and p.better[1] == q.better[1] and p.worse[1] == q.worse[1] and (p.worse[0] == q.worse[0]).all()
+
+
+def test_clothes_are_perturbed_to_another_class(clothes):
+    for p in make_pairs(clothes, random.Random(0), 100, noise=None):
+        (picture, text), (other, edited) = p.better, p.worse
+        label, other_label = (round((int(x[16, 16, 0]) - 22) / 20) for x in (picture, other))
+        assert p.kind == "class" and p.clean and text.split()[-1] == FASHION_CLASSES[label]
+        assert (label == other_label) == (p.direction == "caption") and edited.split()[-1] != FASHION_CLASSES[other_label]
+        assert text.split()[:-1] == edited.split()[:-1]
+    noisy = make_pairs(clothes, random.Random(0), 200, NOISE)
+    assert 0.05 < sum(not p.clean for p in noisy) / 200 < 0.25
+
+
+def test_candidates_are_ranked_where_their_rewards_differ_by_the_margin():
+    torch.manual_seed(0)
+    rewards = torch.randint(0, 5, (6, 4)) / 4
+    flat = rewards.flatten().tolist()
+    by_loop = [[i, j] for i in range(24) for j in range(24) if i // 4 == j // 4 and flat[i] - flat[j] >= 0.5]
+    assert sorted(rank_pairs(rewards, 0.5).tolist()) == by_loop
+    assert rank_pairs(torch.tensor([[1.0, float("nan"), 1.0]]), 0.1).shape == (0, 2)
+    with pytest.raises(ValueError, match="margin must be above 0"):
+        rank_pairs(rewards, 0.0)
+
+
+def test_padding_does_not_change_a_preference(prefers, vocab, pictures):
+    alone, padded = text_ids(vocab, TEXTS[:1]), text_ids(vocab, TEXTS)[:1]
+    assert padded.shape[1] > alone.shape[1]
+    torch.testing.assert_close(prefers(pictures[:1], padded), prefers(pictures[:1], alone))
+
+
+def test_words_and_patches_look_at_each_other_and_both_know_their_order(prefers, vocab, pictures):
+    ids = text_ids(vocab, ["a red circle above a blue square", "a blue square above a red circle", "a red square above a blue circle"])
+    assert torch.pdist(prefers(pictures[:1].repeat(3, 0), ids)[:, None]).min() > 1e-4
+    moved = np.stack([pictures[0], np.roll(pictures[0], 8, axis=1)])
+    assert (prefers(moved, ids[:1].repeat(2, 1)).diff().abs() > 1e-4).all()
+
+
+def test_the_preference_reward_is_the_log_probability_to_win_against_the_anchor(prefers, vocab, pictures):
+    texts = TEXTS[:2]
+    prefers.anchor.fill_(0.3)
+    found = prefers.score(vocab, pictures[:4], texts)  # two prompts, a group of two pictures each
+    for i in range(4):
+        r = float(prefers(pictures[i : i + 1], text_ids(vocab, [texts[i // 2]])).detach())
+        assert float(found[i]) == pytest.approx(max(FLOOR, -math.log(1 + math.exp(0.3 - r))), abs=1e-5)
+    prefers.anchor.fill_(1e3)
+    assert (prefers.score(vocab, pictures[:4], texts) == FLOOR).all() and not found.requires_grad
+
+
+def test_the_anchor_is_halfway_between_better_and_worse(prefers, vocab, clean_pairs):
+    set_anchor(prefers, vocab, clean_pairs[:50])
+    better, worse = pair_rewards(prefers, vocab, clean_pairs[:50])
+    assert float(prefers.anchor) == pytest.approx(float(torch.cat((better, worse)).mean()), abs=1e-5)
+    assert "anchor" in prefers.state_dict()
+
+
+def test_pair_accuracy_counts_each_kind_and_direction_and_a_tie_as_half(vocab, clean_pairs):
+    class LikesRed(PreferenceModel):
+        def forward(self, pictures, ids):
+            return (ids == vocab.encode("red")[0]).any(1).float()
+
+    some, found = clean_pairs[:200], pair_accuracy(LikesRed(vocab.n_text), vocab, clean_pairs[:200])
+    value = [0.5 + 0.5 * (("red" in p.better[1]) - ("red" in p.worse[1])) for p in some]
+    assert set(found) == {"all", "caption", "draw", *EDITS, *(f"{p.direction} {p.kind}" for p in some)}
+    assert found["all"] == pytest.approx(np.mean(value)) and found["draw"] == 0.5 == found["caption shape"]
+    swapped = [p._replace(better=p.worse, worse=p.better) for p in some]
+    assert pair_accuracy(LikesRed(vocab.n_text), vocab, swapped)["caption"] == pytest.approx(1 - found["caption"])
+
+
+def test_a_short_training_ranks_held_out_pairs_of_both_directions(vocab):
+    """0.81 here, not the 0.85 and more that one would want: 170 steps of 32 pairs are what ten seconds of one core allow, and by
+    then colours (0.98), sizes and counts (0.9) are learned, while position and relation (0.5) have not begun. 350 steps at twice
+    the width reach 0.92 in 35 seconds. The bounds leave room for another machine's rounding."""
+    torch.manual_seed(0)
+    model, rng, steps, lr = PreferenceModel(vocab.n_text, width=32, heads=2), random.Random(1), 170, 6e-3
+    optimizers = make_optimizers(model, lr)
+    for step in range(steps):
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = lr * schedule(step, steps, warmup=10)
+        loss = preference_loss(*model.pairs(vocab, make_pairs(World(), rng, 32, noise=None)))
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+    found = pair_accuracy(model, vocab, make_pairs(World(), random.Random(99), 600, noise=None))
+    assert found["all"] > 0.75 and min(found["caption"], found["draw"]) > 0.72 and min(found["color"], found["drop"]) > 0.85, found
+
+
+def test_calibration_is_zero_where_every_bin_wins_as_often_as_it_says():
+    odds = torch.tensor([3.0, 3.0, 3.0, 1 / 3, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 1 / 9, 1.0]).log()
+    error, table = calibration(odds, torch.zeros(15))
+    assert error == pytest.approx(0, abs=1e-6)
+    assert [(round(p, 4), round(won, 4), n) for p, won, n in table] == [(0.5, 0.5, 1), (0.75, 0.75, 4), (0.9, 0.9, 10)]
+
+
+def test_calibration_tells_how_far_a_sure_model_is_off():
+    sure = torch.tensor([50.0, 50.0, 50.0, -50.0])
+    assert calibration(sure, torch.zeros(4)) == (pytest.approx(0.25), [(1.0, 0.75, 4)])
+
+
 # ---------------------------------------------------------------- rules
 
 
@@ -249,6 +490,36 @@ def test_only_captions_that_the_reward_finds_likelier_than_their_edits_together_
 def test_the_total_weighs_each_part_and_an_unknown_one_not_at_all(rewards):
     parts = {"exact": torch.tensor([[1.0, 0.0]]), "format": torch.tensor([[1.0, 1.0]]), "novelty": torch.tensor([[9.0, 9.0]])}
     torch.testing.assert_close(rewards.total(parts), torch.tensor([[1.2, 0.2]]))
+
+
+def test_a_preference_model_adds_its_part_to_drawings_and_captions_alone(clip, prefers, vocab, pictures):
+    rng, world, both = random.Random(0), World(), Rewards(clip, vocab, n_edits=4, n_caption_edits=4, preference=prefers)
+    for task, alone in Rewards.parts.items():
+        some = [world.example(rng, task) for _ in range(2)]
+        outputs = pictures[:4] if task == "draw" else [e.answer for e in some for _ in range(2)]
+        found = both(world, task, some, outputs, random.Random(1))
+        assert set(found) == set(both.parts[task]) == {*alone, *(["preference"] if task in ("draw", "caption") else [])}
+        without = Rewards(clip, vocab, n_edits=4, n_caption_edits=4)(world, task, some, outputs, random.Random(1))
+        assert all((found[name] == without[name]).all() for name in alone)
+    draw = [Example("draw", None, text, "") for text in TEXTS[:2]]
+    found = both(world, "draw", draw, pictures[:4], rng)["preference"].flatten()
+    torch.testing.assert_close(found, prefers.score(vocab, pictures[:4], TEXTS[:2]))
+
+
+def test_a_malformed_caption_gets_the_floor_of_the_preference_too(clip, prefers, vocab, pictures):
+    prefers.anchor.fill_(0.0)
+    some = [Example("caption", picture, "", "") for picture in pictures[:2]]
+    both = Rewards(clip, vocab, preference=prefers)
+    found = both(World(), "caption", some, ["a red circle", "a a", "", "a blue square"], random.Random(0))["preference"]
+    assert found[0, 1] == found[1, 0] == FLOOR
+    torch.testing.assert_close(found[[0, 1], [0, 1]], prefers.score(vocab, pictures[:2], ["a red circle", "a blue square"]))
+
+
+def test_weights_switch_between_rules_the_learned_reward_and_a_mix(clip, prefers, vocab):
+    parts = {"clip": torch.tensor([[-1.0]]), "preference": torch.tensor([[-3.0]]), "format": torch.tensor([[1.0]])}
+    totals = {name: float(Rewards(clip, vocab, preference=prefers, weights=mix).total(parts)) for name, mix in MIXES.items()}
+    assert totals == pytest.approx({"rule": -0.8, "learned": -2.8, "mix": -1.8})
+    assert Rewards(clip, vocab).weights == MIXES["rule"] and Rewards(clip, vocab, preference=prefers).weights == MIXES["mix"]
 
 
 # ---------------------------------------------------------------- validity
