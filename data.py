@@ -297,7 +297,7 @@ def edits(caption):
                 changed.append(("swap", Caption(tuple(swapped), relation)))
     if relation:
         changed.append(("relation", Caption(mentions, INVERSE[relation])))
-    if len(mentions) < 3 and not relation:
+    if len(mentions) < 3:
         changed += [("add", Caption((*mentions, Mention(*kind)))) for kind in KINDS]
     said = [m[:2] for m in mentions]
     return [(kind, e) for kind, e in changed if e != caption and (kind == "drop" or len(set(e.kinds)) == len(e.kinds))

@@ -29,7 +29,6 @@ Symbols: N pictures, M texts or pairs, P patches, W words, D width of the shared
     train.py --stage clip      # trains it and prints (R5) per kind of statement
 """
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -38,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import COLORS, COUNTS, END_THINK, FASHION_CLASSES, KINDS, NOISE, PAD, SHAPES, SIZES, THINK, edits, in_pool, parse_caption, render
+from data import COUNTS, END_THINK, FASHION_CLASSES, NOISE, PAD, THINK, edits, in_pool, parse_caption, render, scene_edits
 from model import Block, RMSNorm
 
 FLOOR = -6.0  # the learned rewards are cut here: a hopeless candidate is not worse than a bad one
@@ -148,34 +147,6 @@ class Pair(NamedTuple):
     better: tuple
     worse: tuple
     clean: bool  # is the better text true of the better picture? Where not, the label is noise. Counted, never used
-
-
-def scene_edits(scene):
-    """All scenes one small edit away, as (kind, scene): what data.edits is to captions. Here position moves an object to
-    a free cell and relation makes two objects exchange theirs.
-
-    >>> from data import Object
-    >>> [edited[0].kind for kind, edited in scene_edits([Object("red", "circle", "big", 0, 0)]) if kind == "shape"]
-    [('red', 'square'), ('red', 'triangle')]
-    """
-    free = [c for c in itertools.product((0, 1), (0, 1)) if c not in [(o.row, o.column) for o in scene]]
-    changed = []
-    for i, o in enumerate(scene):
-        swap = lambda kind, o, j=None, p=None: changed.append((kind, [o if k == i else p if k == j else q for k, q in enumerate(scene)]))
-        for name, words in (("color", COLORS), ("shape", SHAPES), ("size", SIZES)):
-            for word in words:
-                swap(name, o._replace(**{name: word}))
-        for row, column in free:
-            swap("position", o._replace(row=row, column=column))
-        if len(scene) > 1:
-            changed.append(("drop", scene[:i] + scene[i + 1 :]))
-        for j, p in enumerate(scene[:i]):
-            swap("relation", o._replace(row=p.row, column=p.column), j, p._replace(row=o.row, column=o.column))
-            if o.color != p.color and o.shape != p.shape:
-                swap("swap", o._replace(color=p.color), j, p._replace(color=o.color))
-    for (color, shape), size, (row, column) in itertools.product(KINDS, SIZES, free):
-        changed.append(("add", [*scene, scene[0]._replace(color=color, shape=shape, size=size, row=row, column=column)]))
-    return [(kind, e) for kind, e in changed if e != scene and len({o.kind for o in e}) == len(e)]
 
 
 def perturb_world(rng, example, direction, pool):
@@ -338,6 +309,12 @@ def calibration(better, worse, bins=10):
     bin_of = ((p - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     table = [(float(p[here].mean()), float(won[here].mean()), int(here.sum())) for here in (bin_of == b for b in bin_of.unique())]
     return sum(n / len(p) * abs(predicted - observed) for predicted, observed, n in table), table  # (R8)
+
+
+def pair_report(model, vocab, pairs):
+    """What a preference model knows of pairs it never saw: {"accuracy": see pair_accuracy, "calibration_error", "calibration"}."""
+    error, table = calibration(*pair_rewards(model, vocab, pairs))
+    return {"accuracy": pair_accuracy(model, vocab, pairs), "calibration_error": error, "calibration": table}
 
 
 # ---------------------------------------------------------------- rules, and the rewards of every task

@@ -5,6 +5,8 @@
   pretrain   the base policy: next token               noisy pairs, clean questions                base.safetensors
   clip       the reward's CLIP, and a second one       noisy pairs; the second: clean pairs of     clip.safetensors, clip_report.safetensors
              that only reports                         other scenes                                reward_validity.json
+  preference the learned reward (unless       pairs: edited captions and pictures,        preference.safetensors
+             --reward rule)                   samples of the base ranked by the CLIP      preference_validity.json
   grpo       the aligned policy                        its own samples, rewarded; prompts alone    aligned.safetensors
   unified    (instead of clip and grpo) the obvious    more of pretrain's pairs, for the seconds   aligned.safetensors
              alternative: more next-token training     that clip and grpo took
@@ -57,7 +59,21 @@ from data import NOISE, SOURCES, SPECIAL, Vocabulary, make_sources
 from grpo import combine_rewards, group_advantages, pairwise_advantages, rollout, rollout_loss
 from kernels import fused_linear_grpo_loss, selected_logprobs
 from model import Codebook, ModelConfig, Transformer, pick_device
-from reward import CLIP, Rewards, agreement, clip_loss, text_ids
+from reward import (
+    CLIP,
+    MIXES,
+    Pair,
+    PreferenceModel,
+    Rewards,
+    agreement,
+    clip_loss,
+    make_pairs,
+    pair_report,
+    preference_loss,
+    rank_pairs,
+    set_anchor,
+    text_ids,
+)
 
 # ---------------------------------------------------------------- configuration: one field a flag, its comment the help
 
@@ -95,6 +111,9 @@ class Config:
     clip_edits: int = 4  # false edits of each caption, as further negatives
     clip_width: int = 64  # of both encoders
     clip_lr: float = 3e-3  # peak learning rate
+    reward: str = "rule"  # what pictures and captions are rewarded by: rule (the CLIP score), learned (the preference model), mix
+    preference_steps: int = 500  # for the preference model
+    pairs: int = 32  # preference pairs a step, half of them made, half sampled from the base and ranked by the CLIP score
     # GRPO
     grpo_steps: int = 80  # steps: each samples, rewards, scores and learns
     prompts: int = 16  # drawing prompts a step, and so many to ask; half to caption, a quarter to reason
@@ -124,12 +143,13 @@ PRESETS = {
     "gpu": dict(patch=4, jitter=1, width=384, layers=8, heads=6, pretrain_steps=2500, batch=512, lr=2e-3, clip_steps=800, clip_batch=512,
                 clip_width=128, grpo_steps=60, prompts=64, eval_items=2048),
 }  # fmt: skip
-STAGES = {method: ("codebook", "pretrain", "clip", last, "eval") for method, last in (
-    ("lvrpo", "grpo"), ("unified", "unified"), ("filtered", "filtered"))}  # fmt: skip
+LAST = {"lvrpo": "grpo", "unified": "unified", "filtered": "filtered"}  # the stage that tells the methods apart
+STAGES = {method: ("codebook", "pretrain", "clip", "preference", last, "eval") for method, last in LAST.items()}
 CHOICES = {
     "preset": ("auto", *PRESETS),
     "device": ("auto", "cuda", "mps", "cpu"),
     "method": tuple(STAGES),
+    "reward": tuple(MIXES),
     "scale": ("group", "batch", "none"),
     "advantage": ("mean", "pairwise", "parts"),
     "reduction": ("token", "sequence", "constant"),
@@ -138,9 +158,9 @@ CHOICES = {
 TASK_MIX = {"draw": 4, "caption": 2, "ask": 6, "reason": 1, "text": 1}  # of a pre-training batch
 TOKEN_WEIGHT = {"draw": 1.5, "ask": 4.0}  # in its loss; others 1. An answer is one word beside sixteen codes or more:
 # with equal weights questions are learned last (700 steps: 71% of the answers right, with these 89%)
-ALONE = 0.2  # share of the pictures to draw that come without words, and of the captions that come without a picture, half
-# of them of three objects: pictures alone and texts alone are cheap. It is what guidance needs, and it lets a policy
-# sample, once in a while, what no pair ever showed it
+ALONE = 0.2  # share of the pictures to draw that come without words, half of them of three objects, and of the captions that come
+# without a picture, all of three objects: pictures alone and texts alone are cheap. It is what guidance needs, and it lets
+# a policy sample, once in a while, what no pair ever showed it
 GRPO_PROMPTS = {"draw": 1.0, "caption": 0.5, "ask": 1.0, "reason": 0.25}  # prompts of each task, as a share of --prompts
 GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5}  # weight of each task's mean token loss: a picture's
 # reward is spread over 16 tokens or 64, a short answer's over two, so the mean over tokens would let answers dominate
@@ -429,7 +449,7 @@ class Trainer:
             source = rng.choice(self.sources)
             task = rng.choice([t for t in source.tasks for _ in range(TASK_MIX[t])])
             alone = task in ("draw", "caption") and rng.random() < ALONE
-            pool = rng.choice(("paired", "three")) if alone else "paired"
+            pool = "three" if alone and (task == "caption" or rng.random() < 0.5) else "paired"
             rows.append((source, source.example(rng, task, pool, noise=NOISE), alone))
         if believed:
             told = [row for row in rows if not row[2]]  # no pair, nothing to believe
@@ -474,8 +494,14 @@ class Trainer:
         model = self.next_token_stage("filtered", self.policy("base"), self.config.extra_steps, self.rewards().believes)
         save_atomically(model.state_dict(), self.folder / "aligned.safetensors")
 
-    def rewards(self):
-        return Rewards(evaluation.load_clip(self.folder, "clip", self.vocab, vars(self.config), self.device), self.vocab)
+    def rewards(self, mix=None):
+        """The rewards of --reward, or of another mix."""
+        c, preference, mix = self.config, None, mix or self.config.reward
+        if mix != "rule":
+            preference = PreferenceModel(self.vocab.n_text, c.patch, width=c.clip_width).to(self.device).eval()
+            evaluation.load_weights(preference, self.folder / "preference.safetensors")
+        clip = evaluation.load_clip(self.folder, "clip", self.vocab, vars(c), self.device)
+        return Rewards(clip, self.vocab, preference=preference, weights=MIXES[mix])
 
     def clip_stage(self):
         """The reward's CLIP on noisy pairs; a second one, of another seed, on clean pairs of other scenes, that only reports."""
@@ -500,12 +526,57 @@ class Trainer:
 
             self.optimise(stage, clip, steps, c.clip_lr, losses)
             save_atomically(clip.state_dict(), self.folder / f"{stage}.safetensors")
-        self.check_reward()
+        write_json(self.folder / "reward_validity.json", self.check_reward("rule", "clip"))
 
-    def check_reward(self, prompts=48, group=8):
-        """Reward validity before RL: does the CLIP reward rank the base model's own drawings as the judge does? Validation
-        prompts only; the answer is written down and shown, nothing is chosen by it."""
-        rewards, found = self.rewards(), {}
+    def preference_stage(self):
+        """The preference model, on pairs made by small edits and on pairs of the base model's own samples."""
+        c = self.config
+        torch.manual_seed(self.rng("preference").getrandbits(60))
+        model = PreferenceModel(self.vocab.n_text, c.patch, width=c.clip_width).to(self.device)
+        ranked = self.ranked_samples()
+
+        def losses(step):
+            rng = self.rng("preference", step)
+            source = rng.choice(self.sources)
+            own = rng.sample(ranked, min(c.pairs // 2, len(ranked)))
+            pairs = own + make_pairs(source, rng, c.pairs - len(own))
+            with self.autocast():
+                better, worse = model.pairs(self.vocab, pairs)
+            yield {"loss": preference_loss(better, worse)}, {"accuracy": (better > worse).float().mean()}
+
+        self.optimise("preference", model, c.preference_steps, c.clip_lr, losses)
+        model.eval()
+        set_anchor(model, self.vocab, make_pairs(self.sources[0], self.rng("anchor"), 512))
+        save_atomically(model.state_dict(), self.folder / "preference.safetensors")
+        found = {}
+        for source in self.sources:
+            held_out = make_pairs(source, self.rng("held-out pairs"), 1024, noise=None, split="val")
+            found[source.name] = report = pair_report(model, self.vocab, held_out)
+            shares = ", ".join(f"{k} {v:.2f}" for k, v in report["accuracy"].items() if " " not in k)
+            print(f"{source.name}, share of held-out pairs in order: {shares}; calibration error {report['calibration_error']:.3f}")
+        write_json(self.folder / "preference_validity.json", found | {"drawings": self.check_reward("learned", "preference")})
+
+    def ranked_samples(self, prompts=96, group=8, margin=1.0, most=20000):
+        """Preference pairs of the base model's own drawings and captions, ranked by the CLIP score, prompts as in GRPO."""
+        rewards, model, pairs = self.rewards("rule"), self.policy("base").eval(), []
+        for task in ("draw", "caption"):
+            for source in self.sources:
+                rng = self.rng("ranked", task, source.name)
+                examples = [source.example(rng, task, source.prompt_pool(rng, task)) for _ in range(prompts)]
+                outputs = evaluation.Evaluator(model, self.vocab, self.codebook, source, None).outputs(examples, group=group)
+                sides = [(o, e.prompt) if task == "draw" else (e.picture, o) for e, o in
+                         zip((e for e in examples for _ in range(group)), outputs)]  # fmt: skip
+                parts = rewards(source, task, examples, outputs, rng)
+                legible = parts.get("format", torch.ones(prompts, group)).flatten()  # what is no caption may have words nobody knows
+                for better, worse in rank_pairs(parts["clip"], margin).tolist():
+                    if legible[better] and legible[worse]:
+                        pairs.append(Pair(task, "sampled", sides[better], sides[worse], True))
+        return self.rng("ranked").sample(pairs, min(len(pairs), most))
+
+    def check_reward(self, mix, part, prompts=48, group=8):
+        """Reward validity before RL: does this part of the reward rank the base model's own drawings as the judge does?
+        Validation prompts only; the answer is written down and shown, nothing is chosen by it."""
+        rewards, found = self.rewards(mix), {}
         model = self.policy("base")
         for source, judge in evaluation.judges(vars(self.config), self.sources):
             asked = evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", self.config.seed)
@@ -513,7 +584,7 @@ class Trainer:
                 examples = asked.examples("draw", prompts, pools)
                 repeated = [e for e in examples for _ in range(group)]
                 pictures = asked.outputs(examples, group=group)
-                reward = rewards(source, "draw", examples, pictures, self.rng("validity"))["clip"]
+                reward = rewards(source, "draw", examples, pictures, self.rng("validity"))[part]
                 failed = judge.failed(repeated, pictures)
                 right = torch.tensor([not f for f in failed]).view(prompts, group)
                 found[f"{source.name} {name}"] = agreement(reward, right, ~right)
@@ -521,8 +592,8 @@ class Trainer:
                     only = torch.tensor([f == {kind} for f in failed]).view(prompts, group)
                     found[f"{source.name} {name} {kind}"] = agreement(reward, right, only)
         found = {k: round(v, 3) for k, v in found.items() if v == v}
-        (self.folder / "reward_validity.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-        print("reward validity, share of (right, wrong) pairs of a group in order: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
+        print(f"{part}: share of (right, wrong) drawings of a prompt in order: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
+        return found
 
     def grpo_stage(self):
         """Every step: prompts of each task, G candidates for each, rewards, advantages, one loss over all tasks (T1)."""
@@ -639,8 +710,9 @@ class Trainer:
         """Every stage whose result is not there yet, in order."""
         c = self.config
         done = {"codebook": "codebook.safetensors", "pretrain": "base.safetensors", "clip": "reward_validity.json",
-                "eval": "eval.json"}  # fmt: skip
-        wanted = STAGES[c.method] if c.stage == "all" else [s for s in STAGES[c.method] if s in c.stage.split(",")]
+                "preference": "preference.safetensors", "eval": "eval.json"}  # fmt: skip
+        every = [s for s in STAGES[c.method] if s != "preference" or c.reward != "rule"]
+        wanted = every if c.stage == "all" else [s for s in STAGES[c.method] if s in c.stage.split(",")]
         for stage in wanted:
             if (self.folder / done.get(stage, "aligned.safetensors")).exists() and not (c.stage != "all" and stage == "eval"):
                 print(f"{stage}: already there")
@@ -752,6 +824,7 @@ def take_over(config, folder):
     base = Path(config.base)
     kept = ("codebook.safetensors", "tokenizer.json", "words.json", "base.safetensors", "clip.safetensors", "clip_report.safetensors",
             "reward_validity.json")  # fmt: skip
+    kept += tuple(n for n in ("preference.safetensors", "preference_validity.json") if (base / n).is_file())
     for name in kept:
         if not (base / name).is_file():
             raise ValueError(f"--base {base}: {name} is not there; train it first with `python train.py --out {base}`")

@@ -191,7 +191,7 @@ def test_an_edit_is_another_caption_and_changes_what_its_kind_says(caption):
     for kind, edited in data.edits(caption):
         assert edited != caption and data.parse_caption(edited.text()) == edited
         assert len(edited.mentions) - len(caption.mentions) == {"drop": -1, "add": 1}.get(kind, 0)
-        assert (edited.relation != caption.relation) == (kind == "relation" or (kind == "drop" and caption.relation is not None))
+        assert (edited.relation != caption.relation) == (kind == "relation" or (kind in ("drop", "add") and caption.relation is not None))
         if kind != "drop":
             changed = [field for m, n in zip(caption.mentions, edited.mentions) for field, a, b in zip(m._fields, m, n) if a != b]
             assert changed == {"add": [], "relation": [], "swap": ["color", "color"], "position": ["cell"]}.get(kind, [kind])

@@ -22,6 +22,7 @@ from data import (
     parse_caption,
     render,
     sample_scene,
+    scene_edits,
 )
 from reward import (
     CLIP,
@@ -40,7 +41,6 @@ from reward import (
     pair_rewards,
     preference_loss,
     rank_pairs,
-    scene_edits,
     set_anchor,
     text_ids,
     well_formed,
@@ -369,12 +369,10 @@ def test_pair_accuracy_counts_each_kind_and_direction_and_a_tie_as_half(vocab, c
     assert pair_accuracy(LikesRed(vocab.n_text), vocab, swapped)["caption"] == pytest.approx(1 - found["caption"])
 
 
-def test_a_short_training_ranks_held_out_pairs_of_both_directions(vocab):
-    """0.81 here, not the 0.85 and more that one would want: 170 steps of 32 pairs are what ten seconds of one core allow, and by
-    then colours (0.98), sizes and counts (0.9) are learned, while position and relation (0.5) have not begun. 350 steps at twice
-    the width reach 0.92 in 35 seconds. The bounds leave room for another machine's rounding."""
+def trained_on_pairs(vocab, width, steps, lr):
+    """A PreferenceModel after `steps` of 32 clean pairs, and its accuracy on held-out pairs."""
     torch.manual_seed(0)
-    model, rng, steps, lr = PreferenceModel(vocab.n_text, width=32, heads=2), random.Random(1), 170, 6e-3
+    model, rng = PreferenceModel(vocab.n_text, width=width, heads=2), random.Random(1)
     optimizers = make_optimizers(model, lr)
     for step in range(steps):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -385,8 +383,20 @@ def test_a_short_training_ranks_held_out_pairs_of_both_directions(vocab):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-    found = pair_accuracy(model, vocab, make_pairs(World(), random.Random(99), 600, noise=None))
-    assert found["all"] > 0.75 and min(found["caption"], found["draw"]) > 0.72 and min(found["color"], found["drop"]) > 0.85, found
+    return pair_accuracy(model, vocab, make_pairs(World(), random.Random(99), 600, noise=None))
+
+
+def test_a_very_short_training_ranks_held_out_pairs_of_both_directions(vocab):
+    """120 steps at width 32, seconds: colours (0.9), sizes and counts are learned, position and relation (0.5) have not begun.
+    The 0.85 that one would want takes the longer training of the next test."""
+    found = trained_on_pairs(vocab, 32, 120, 6e-3)
+    assert found["all"] > 0.7 and min(found["caption"], found["draw"]) > 0.65 and found["color"] > 0.8, found
+
+
+@pytest.mark.slow
+def test_a_short_training_ranks_more_than_85_percent_of_held_out_pairs(vocab):
+    found = trained_on_pairs(vocab, 64, 350, 4e-3)
+    assert min(found["all"], found["caption"], found["draw"]) > 0.85, found
 
 
 def test_calibration_is_zero_where_every_bin_wins_as_often_as_it_says():
