@@ -249,11 +249,12 @@ def diversity(pictures, right):
 
 
 class Evaluator:
-    """A model, asked. `split` names the scenes: "val" to choose by, "test" to report; each has its own seed."""
+    """A model, asked. `split` names the scenes: "val" to choose by, "test" to report; each has its own seed. With `rewards`,
+    drawings and captions are the best of `n` samples by these (a control: what the reward knows, without any learning)."""
 
-    def __init__(self, model, vocab, codebook, source, judge, split="test", seed=0, batch=512):
+    def __init__(self, model, vocab, codebook, source, judge, split="test", seed=0, batch=512, rewards=None, n=8):
         self.model, self.vocab, self.codebook, self.source, self.judge = model, vocab, codebook, source, judge
-        self.split, self.seed, self.batch = split, seed, batch
+        self.split, self.seed, self.batch, self.rewards, self.n = split, seed, batch, rewards, n
 
     def examples(self, task, n, pools=("paired",)):
         rng = random.Random(f"{self.split}/{self.seed}/{self.source.name}/{task}/{pools}")
@@ -261,6 +262,8 @@ class Evaluator:
 
     def outputs(self, examples, temperature=1.0, guidance=0.0, seed=0, group=1):
         """`group` outputs an example, one after the other: pictures (N, S, S, 3) uint8 when drawing, else a list of texts."""
+        if self.rewards and examples[0].task in ("draw", "caption"):
+            return self.best(examples, temperature, guidance, seed, group)
         device, outputs, rows = self.model.head.device, [], max(self.batch // group, 1)
         generator = torch.Generator(device).manual_seed(seed)
         for start in range(0, len(examples), rows):
@@ -270,6 +273,18 @@ class Evaluator:
             tokens = sample(self.model, batch, self.vocab, generator, temperature, guidance, group)
             outputs += decode(self.vocab, self.codebook, part[0].task, batch.repeat(group), tokens)
         return np.stack(outputs) if examples[0].task == "draw" else outputs
+
+    def best(self, examples, temperature, guidance, seed, group):
+        """As outputs: each the best of n. Nothing is to be chosen from at temperature 0, so captions are sampled at 1."""
+        plain = Evaluator(self.model, self.vocab, self.codebook, self.source, None, batch=self.batch)
+        samples = plain.outputs(examples, temperature or 1.0, guidance, seed, group * self.n)
+        asked, chosen = [e for e in examples for _ in range(group)], []
+        for start in range(0, len(asked), 128):
+            part, n = asked[start : start + 128], self.n
+            some = samples[start * n : (start + len(part)) * n]
+            rewards = self.rewards.total(self.rewards(self.source, part[0].task, part, some, random.Random(seed)))  # (B, n)
+            chosen += [some[i * n + j] for i, j in enumerate(rewards.argmax(1).tolist())]
+        return np.stack(chosen) if examples[0].task == "draw" else chosen
 
     def answers(self, task, n, pools=("paired",), temperature=0.0):
         """(N,) bool for ask, reason and caption."""
@@ -430,14 +445,14 @@ def sweep(evaluator, temperatures=TEMPERATURES, prompts=128, group=8):
     return rows
 
 
-def evaluate(models, vocab, codebook, source, judge, clip, n=1000, seed=0, prompts=128, group=8, temperatures=TEMPERATURES):
-    """The numbers of eval.json for {"base": model, "aligned": model} (meta is the caller's)."""
+def evaluate(models, vocab, codebook, source, judge, clip, n=1000, seed=0, prompts=128, group=8, temperatures=TEMPERATURES, rewards=None):
+    """The numbers of eval.json for {"base": model, "aligned": model} (meta is the caller's). rewards: "aligned" is best-of-N."""
     result = {"sweep": {}, "breakdown": {}, "best_temperature": {}, "judge_accuracy": getattr(judge, "accuracy", 1.0)}
     for name, model in models.items():
-        test = Evaluator(model, vocab, codebook, source, judge, "test", seed)
+        test, val = (Evaluator(model, vocab, codebook, source, judge, split, seed, rewards=rewards if name == "aligned" else None)
+                     for split in ("test", "val"))  # fmt: skip
         result[name], result["breakdown"][name] = measure(test, clip, n)
         result["sweep"][name] = rows = sweep(test, temperatures, prompts, group)
-        val = Evaluator(model, vocab, codebook, source, judge, "val", seed)
         chosen = max(val.front(judge.pools["compose"], temperatures, max(prompts // 2, 2), 2), key=lambda row: row["compose"])
         result["best_temperature"][name] = chosen["temperature"]
         for key in ("diversity", "diversity_heldout"):  # at temperature 1

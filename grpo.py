@@ -16,6 +16,8 @@ policy that sampled, and a KL penalty keeps the policy close to the frozen base 
 
 (G11) L = - sum_t logprob_t of the best of each group / their tokens      a control: rejection-sampling fine-tuning
 (G12) L = - log sigmoid( beta sum_t (logprob - ref)_t(best) - beta sum_t (logprob - ref)_t(worst) )      a control: DPO
+(G13) L = CE over texts and over pictures of scale * cos(mean state of a picture, mean state of a text)      a baseline: CLIP-style
+(G14) L = - mean over hidden codes of log p(code | the codes that are not hidden)                            a baseline: BEiT-style
 
 Symbols: B prompts, G candidates per prompt, N = B*G sequences (row n answers prompt n // G), T completion tokens,
 r rewards (B,G), A advantages, m (N,T) the completion mask: > 0 is valid.
@@ -41,8 +43,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Batch
-from model import at_least_float32, completion_mask, completion_states, first_choices, matmul, sample, tails
+from data import EOS, PAD, Batch, Example, Vocabulary
+from model import Transformer, at_least_float32, completion_mask, completion_states, first_choices, matmul, sample, tails
 
 
 def check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
@@ -289,6 +291,42 @@ def dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, mask: Tens
     gain = (torch.where(valid, logprobs, 0.0) - torch.where(valid, ref_logprobs.detach(), 0.0)).sum(1)
     best, worst = best_and_worst(rewards)
     return -F.logsigmoid(beta * (gain[best] - gain[worst])).sum() / max(len(best), 1)  # (G12)
+
+
+# ---------------------------------------------------------------- baselines: objectives on representations, beside the next token
+
+
+def contrastive_loss(model: Transformer, vocab: Vocabulary, codes: Tensor, texts: list[str], rng, scale: float = 10.0) -> Tensor:
+    """CLIP-style alignment of the policy itself: the mean state of a picture, read alone, and of its caption, read alone,
+    attract each other. codes (N,P), N texts -> loss. Equal captions are positives of each other. Source: arXiv:2103.00020."""
+    pictures = vocab.batch([Example("caption", None, "", "")] * len(texts), codes, codes.device)
+    words = vocab.batch([Example("draw", None, text, "") for text in texts], codes, codes.device)
+
+    def pooled(batch: Batch, where: Tensor) -> Tensor:
+        end = int(where.any(0).nonzero().max()) + 1
+        states = model(batch.tokens[:, :end].clamp(min=0), batch.patch[:, :end]).float()
+        return F.normalize((states * where[:, :end, None]).sum(1), dim=-1)
+
+    image = pooled(pictures, pictures.patch >= 0)
+    text = pooled(words, (words.tokens >= EOS) & (words.tokens < vocab.n_text))
+    logits, ids = scale * image @ text.T, torch.tensor([texts.index(t) for t in texts], device=codes.device)
+    right = logits.masked_fill(ids[:, None] != ids, -torch.inf)
+    return sum(0.5 * (logits.logsumexp(d) - right.logsumexp(d)).mean() for d in (0, 1))  # (G13)
+
+
+def masked_code_loss(model: Transformer, vocab: Vocabulary, codes: Tensor, texts: list[str], rng, share: float = 0.4) -> Tensor:
+    """BEiT-style: a share of a picture's codes is hidden, and predicted from the codes on both sides: inside the picture
+    attention is not causal. codes (N,P) -> loss; texts are not used. rng: random.Random. Source: arXiv:2106.08254."""
+    batch = vocab.batch([Example("caption", None, "", "")] * len(codes), codes, codes.device)
+    inside = batch.patch[0] >= 0
+    end = int(inside.nonzero().max()) + 1
+    tokens, inside = batch.tokens[:, :end], inside[:end]
+    hidden = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(rng.getrandbits(60))).to(codes.device) < share
+    hidden &= inside
+    look = torch.ones(end, end, dtype=torch.bool, device=codes.device).tril() | (inside[:, None] & inside)
+    states = model(tokens.masked_fill(hidden, PAD), batch.patch[:, :end], mask=look)[hidden]
+    logits = matmul(states, model.head[vocab.n_text :].T.to(states.dtype))
+    return F.cross_entropy(logits, tokens[hidden] - vocab.n_text)  # (G14)
 
 
 # ---------------------------------------------------------------- one step: sample and reward, then the loss

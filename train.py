@@ -8,10 +8,16 @@
   preference the learned reward (unless       pairs: edited captions and pictures,        preference.safetensors
              --reward rule)                   samples of the base ranked by the CLIP      preference_validity.json
   grpo       the aligned policy                        its own samples, rewarded; prompts alone    aligned.safetensors
-  unified    (instead of clip and grpo) the obvious    more of pretrain's pairs, for the seconds   aligned.safetensors
-             alternative: more next-token training     that clip and grpo took
-  filtered   the same, with the reward but without     only those of the pairs whose caption the   aligned.safetensors
-             RL: a control                             reward believes
+    or, instead of clip and grpo, by --method, for the seconds that these two took:
+  unified    the obvious alternative                   more of pretrain's pairs                    aligned.safetensors
+  contrast   a baseline, --method clip                 the same, and a contrastive loss (G13)      aligned.safetensors
+  masked     a baseline, --method beit                 the same, and masked picture codes (G14)    aligned.safetensors
+  labels     a control: what exact match knows         the same, and questions about three objects aligned.safetensors
+    or, instead of grpo, controls with the same reward:
+  filtered   next tokens                               pairs whose caption the reward believes     aligned.safetensors
+  reject     next tokens (G11)                         the best of each group of its own samples   aligned.safetensors
+  dpo        preferences (G12)                         the best and the worst of each group        aligned.safetensors
+  best       nothing: best of N when asked             the reward chooses among 8 candidates       aligned.safetensors
   eval       nothing                                   test scenes                                 eval.json, curves.png, samples/
 
   (T1) L = mean_task weight_task * L_grpo(task) + ptx_coef * L_nexttoken     the pre-training loss is kept in the GRPO
@@ -29,6 +35,7 @@ optimizer state and k, and then equals an uninterrupted one.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import inspect
@@ -52,11 +59,22 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import eval as evaluation
-from data import NOISE, SOURCES, SPECIAL, Vocabulary, make_sources
-from grpo import combine_rewards, group_advantages, pairwise_advantages, rollout, rollout_loss
+from data import NOISE, PAD, SOURCES, SPECIAL, Vocabulary, make_sources
+from grpo import (
+    combine_rewards,
+    contrastive_loss,
+    dpo_loss,
+    group_advantages,
+    masked_code_loss,
+    pairwise_advantages,
+    rejection_loss,
+    rollout,
+    rollout_loss,
+)
 from kernels import fused_linear_grpo_loss, selected_logprobs
 from model import Codebook, ModelConfig, Transformer, pick_device
 from reward import (
@@ -82,7 +100,7 @@ from reward import (
 class Config:
     preset: str = "auto"  # smoke, cpu or gpu; auto picks gpu on a CUDA device, else cpu
     device: str = "auto"  # auto, cuda, mps or cpu
-    method: str = "lvrpo"  # lvrpo (GRPO), unified (more next-token training), filtered (that, on pairs the reward believes)
+    method: str = "lvrpo"  # lvrpo; baselines unified, clip, beit; controls labels, filtered, reject, dpo, best (see above)
     data: str = "synthetic"  # data sets, comma-separated: synthetic, fashion_mnist
     data_dir: str = "data"  # the parent of fashion_mnist/
     download: bool = False  # fetch missing public data from the official addresses
@@ -104,7 +122,8 @@ class Config:
     pretrain_steps: int = 900  # next-token steps of the base
     batch: int = 64  # sequences a step
     lr: float = 4e-3  # peak learning rate: 30 steps up, flat, the last 40% down to 0
-    extra_steps: int = 0  # unified: further next-token steps; 0 means as many as fit the seconds of the base run's lvrpo stages
+    extra_steps: int = 0  # next-token methods: further steps; 0 means as many as fit the seconds of the base run's clip and grpo
+    fitting_steps: float = 0.0  # set by --base: how many plain next-token steps fit those seconds
     # reward
     clip_steps: int = 500  # for the reward's CLIP; the one that reports takes three fifths
     clip_batch: int = 64  # pairs a step
@@ -115,8 +134,8 @@ class Config:
     preference_steps: int = 500  # for the preference model
     pairs: int = 32  # preference pairs a step, half of them made, half sampled from the base and ranked by the CLIP score
     # GRPO
-    grpo_steps: int = 80  # steps: each samples, rewards, scores and learns
-    prompts: int = 16  # drawing prompts a step, and so many to ask; half to caption, a quarter to reason
+    grpo_steps: int = 120  # steps: each samples, rewards, scores and learns
+    prompts: int = 16  # prompts a step, to draw, to caption and to ask; a quarter of it to reason
     group_size: int = 8  # candidates a prompt
     epochs: int = 1  # optimisation passes over a rollout: with more than one the clipping acts
     grpo_lr: float = 2e-3  # peak learning rate
@@ -143,7 +162,10 @@ PRESETS = {
     "gpu": dict(patch=4, jitter=1, width=384, layers=8, heads=6, pretrain_steps=2500, batch=512, lr=2e-3, clip_steps=800, clip_batch=512,
                 clip_width=128, grpo_steps=60, prompts=64, eval_items=2048),
 }  # fmt: skip
-LAST = {"lvrpo": "grpo", "unified": "unified", "filtered": "filtered"}  # the stage that tells the methods apart
+LAST = {"lvrpo": "grpo", "unified": "unified", "clip": "contrast", "beit": "masked", "labels": "labels", "filtered": "filtered",
+        "reject": "reject", "dpo": "dpo", "best": "best"}  # method: the stage that tells it from the others  # fmt: skip
+MORE = ("unified", "clip", "beit", "labels", "filtered")  # those that go on with next-token training
+MORE_STAGES = tuple(LAST[method] for method in MORE)
 STAGES = {method: ("codebook", "pretrain", "clip", "preference", last, "eval") for method, last in LAST.items()}
 CHOICES = {
     "preset": ("auto", *PRESETS),
@@ -161,7 +183,8 @@ TOKEN_WEIGHT = {"draw": 1.5, "ask": 4.0}  # in its loss; others 1. An answer is 
 ALONE = 0.2  # share of the pictures to draw that come without words, half of them of three objects, and of the captions that come
 # without a picture, all of three objects: pictures alone and texts alone are cheap. It is what guidance needs, and it lets
 # a policy sample, once in a while, what no pair ever showed it
-GRPO_PROMPTS = {"draw": 1.0, "caption": 0.5, "ask": 1.0, "reason": 0.25}  # prompts of each task, as a share of --prompts
+OBJECTIVE_WEIGHT = 0.5  # of the contrastive and the masked-code loss beside the next-token loss
+GRPO_PROMPTS = {"draw": 1.0, "caption": 1.0, "ask": 1.0, "reason": 0.25}  # prompts of each task, as a share of --prompts
 GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5}  # weight of each task's mean token loss: a picture's
 # reward is spread over 16 tokens or 64, a short answer's over two, so the mean over tokens would let answers dominate
 
@@ -204,6 +227,7 @@ def make_config(**given):
         (c.seed >= 0, "seed", "0 or more"),
         (c.threads >= 0, "threads", "0 or more"),
         (c.extra_steps >= 0, "extra_steps", "0 or more"),
+        (c.fitting_steps >= 0, "fitting_steps", "0 or more"),
         (set(c.data.split(",")) <= set(SOURCES), "data", f"names from {', '.join(SOURCES)}, comma-separated"),
         (c.stage == "all" or set(c.stage.split(",")) <= set(stages), "stage", f"all, or names from {', '.join(stages)}"),
     ]
@@ -354,24 +378,29 @@ class Trainer:
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr * schedule(step, steps)
-            for parts, row in losses(step):
-                norms = self.backward(model, parts)
-                total = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-                if np.isfinite(total) and all(bool(x.isfinite()) for x in parts.values()):
-                    for optimizer in optimizers:
-                        optimizer.step()
-                else:
-                    skipped += 1
-                    if skipped > 5:
-                        raise Stopped(f"{stage}: the loss or gradient was not finite {skipped} times, last at step {step}; try a lower "
-                                      f"learning rate than {lr:g}. The last good state is kept: --resume --out {self.folder}")  # fmt: skip
-                loss = float(sum(x.detach() for x in parts.values()))
-                row |= {"loss": loss, "grad_norm": total, "lr": lr * schedule(step, steps), "skipped": skipped, **norms}
+            counted = step == min(first + 1, steps - 1) and self.device.type == "cpu"  # one step's matrix products, for the ledger
+            counter = FlopCounterMode(display=False) if counted else contextlib.nullcontext()
+            with counter:
+                for parts, row in losses(step):
+                    norms = self.backward(model, parts)
+                    total = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+                    if np.isfinite(total) and all(bool(x.isfinite()) for x in parts.values()):
+                        for optimizer in optimizers:
+                            optimizer.step()
+                    else:
+                        skipped += 1
+                        if skipped > 5:
+                            raise Stopped(
+                                f"{stage}: the loss or gradient was not finite {skipped} times, last at step {step}; try a lower "
+                                f"learning rate than {lr:g}. The last good state is kept: --resume --out {self.folder}")  # fmt: skip
+                    loss = float(sum(x.detach() for x in parts.values()))
+                    row |= {"loss": loss, "grad_norm": total, "lr": lr * schedule(step, steps), "skipped": skipped, **norms}
             row = {k: float(v) for k, v in row.items()}
             seconds = {k: row.pop(k) for k in [k for k in row if k.startswith("seconds")]}
             row |= after(step, model) if after else {}
             log.add("metrics", {"stage": stage, "step": step, **row})
-            log.add("timing", {"stage": stage, "step": step, "seconds": time.perf_counter() - start, **seconds, **self.memory()})
+            log.add("timing", {"stage": stage, "step": step, "seconds": time.perf_counter() - start, **seconds, **self.memory(),
+                               **({"operations": counter.get_total_flops()} if counted else {})})  # fmt: skip
             bar.set_postfix({k: f"{row[k]:.3g}" for k in ("loss", "reward_draw", "reward_ask", "kl_draw", "r1") if k in row}, refresh=False)
             diverged = diverged + 1 if row.get("kl_draw", 0) > c.max_kl else 0
             if diverged == 5:
@@ -441,20 +470,25 @@ class Trainer:
             evaluation.load_weights(model, self.folder / f"{name}.safetensors")
         return model
 
-    def pairs(self, rng, n, believed=None):
-        """n pre-training examples as two Batches of similar length (padding is work for nothing), less those that
-        `believed`(source, examples) -> (N,) bool turns down."""
-        rows = []  # (source, example, is what it is given blanked out?)
+    def pairs(self, rng, n, believed=None, labelled=False):
+        """n pre-training examples, as (source, example, is what it is given blanked out?), less those that `believed`(sources,
+        examples, rng) -> (N,) bool turns down. labelled: questions as in the GRPO stage, about three objects too."""
+        rows = []
         for _ in range(n):
             source = rng.choice(self.sources)
             task = rng.choice([t for t in source.tasks for _ in range(TASK_MIX[t])])
             alone = task in ("draw", "caption") and rng.random() < ALONE
             pool = "three" if alone and (task == "caption" or rng.random() < 0.5) else "paired"
+            pool = source.prompt_pool(rng, task) if labelled and task in ("ask", "reason") else pool
             rows.append((source, source.example(rng, task, pool, noise=NOISE), alone))
         if believed:
             told = [row for row in rows if not row[2]]  # no pair, nothing to believe
             kept = itertools.compress(told, believed(*zip(*((s, e) for s, e, _ in told)), rng)) if told else ()
             rows = [*kept, *(row for row in rows if row[2])] or rows
+        return rows
+
+    def batches(self, rows):
+        """The rows of `pairs` as two Batches of similar length: padding is work for nothing."""
         for short in (True, False):
             part = [(e, alone) for _, e, alone in rows if (e.task in ("draw", "text")) == short]
             if part:
@@ -462,10 +496,10 @@ class Trainer:
                 batch = self.vocab.batch(examples, self.codebook.encode(np.stack([e.picture for e in examples]))).trim()
                 yield batch.blank(torch.tensor(alone)).to(self.device)
 
-    def next_token_loss(self, model, rng, n, believed=None):
-        """Weighted mean negative log-likelihood of all chosen tokens of n pre-training examples, and how many they are."""
+    def next_token_loss(self, model, rows):
+        """Weighted mean negative log-likelihood of all chosen tokens of `pairs`, and how many they are."""
         total, weights, count = 0.0, 0.0, 0
-        for batch in self.pairs(rng, n, believed):
+        for batch in self.batches(rows):
             mask = batch.mask[:, 1:]
             weight = self.token_weight[batch.tokens[:, 1]][:, None].expand(mask.shape)[mask]  # the second token names the task
             with self.autocast():
@@ -475,24 +509,75 @@ class Trainer:
             total, weights, count = total - weight @ logprobs[0], weights + weight.sum(), count + len(weight)
         return total / weights, count  # (T2)
 
-    def next_token_stage(self, stage, model, steps, believed=None):
-        def losses(step):
-            loss, tokens = self.next_token_loss(model, self.rng(stage, step), self.config.batch, believed)
-            yield {"nll": loss}, {"tokens": tokens}
+    def next_token_losses(self, stage, model, believed=None, labelled=False, objective=None):
+        """The losses of a next-token stage for `optimise`: (T2), and a baseline's objective on the same pairs beside it."""
 
-        return self.optimise(stage, model, steps, self.config.lr, losses)
+        def losses(step):
+            rng = self.rng(stage, step)
+            rows = self.pairs(rng, self.config.batch, believed, labelled)
+            loss, tokens = self.next_token_loss(model, rows)
+            parts, row = {"nll": loss}, {"tokens": tokens, "labels": sum(e.task in ("ask", "reason") for _, e, _ in rows)}
+            if objective:
+                told = [e for _, e, alone in rows if e.task in ("draw", "caption") and not alone]
+                codes = self.codebook.encode(np.stack([e.picture for e in told])).to(self.device)
+                with self.autocast():
+                    parts[stage] = OBJECTIVE_WEIGHT * objective(model, self.vocab, codes, [e.prompt or e.answer for e in told], rng)
+                row[f"loss_{stage}"] = float(parts[stage].detach())
+            yield parts, row
+
+        return losses
 
     def pretrain_stage(self):
-        model = self.next_token_stage("pretrain", self.policy(), self.config.pretrain_steps)
+        model, c = self.policy(), self.config
+        self.optimise("pretrain", model, c.pretrain_steps, c.lr, self.next_token_losses("pretrain", model))
         save_atomically(model.state_dict(), self.folder / "base.safetensors")
 
-    def unified_stage(self):
-        model = self.next_token_stage("unified", self.policy("base"), self.config.extra_steps)
+    def go_on(self, stage, **how):
+        """A baseline or control that goes on with next-token training."""
+        model, c = self.policy("base"), self.config
+        if not c.extra_steps:  # as many steps as fit its seconds, by how much slower than a plain one a step is here and now
+            c.extra_steps = max(1, round(c.fitting_steps / self.slowness(stage, how)))
+            write_json(self.folder / "config.json", dataclasses.asdict(c))
+            print(f"{stage}: {c.extra_steps} further steps")
+        self.optimise(stage, model, c.extra_steps, c.lr, self.next_token_losses(stage, model, **how))
         save_atomically(model.state_dict(), self.folder / "aligned.safetensors")
 
+    def slowness(self, stage, how, steps=6):
+        """Seconds of a step of this stage over those of a plain next-token step, medians of a few of each, in turns."""
+        model, seconds = self.policy("base"), ([], [])
+        kinds = [self.next_token_losses("slowness", model), self.next_token_losses(stage, model, **how)]
+        for step in range(steps if how else 0):
+            for losses, times in zip(kinds, seconds):
+                start = time.perf_counter()
+                for parts, _ in losses(step):
+                    self.backward(model, parts)
+                times.append(time.perf_counter() - start)
+        return np.median(seconds[1]) / np.median(seconds[0]) if how else 1.0
+
+    def unified_stage(self):
+        self.go_on("unified")
+
+    def contrast_stage(self):
+        self.go_on("contrast", objective=contrastive_loss)
+
+    def masked_stage(self):
+        self.go_on("masked", objective=masked_code_loss)
+
+    def labels_stage(self):
+        self.go_on("labels", labelled=True)
+
     def filtered_stage(self):
-        model = self.next_token_stage("filtered", self.policy("base"), self.config.extra_steps, self.rewards().believes)
-        save_atomically(model.state_dict(), self.folder / "aligned.safetensors")
+        self.go_on("filtered", believed=self.rewards().believes)
+
+    def reject_stage(self):
+        self.grpo_stage("reject", rejection_loss)
+
+    def dpo_stage(self):
+        self.grpo_stage("dpo", dpo_loss)
+
+    def best_stage(self):
+        """Best-of-N learns nothing: the reward chooses among N candidates when the model is asked."""
+        shutil.copy(self.folder / "base.safetensors", self.folder / "aligned.safetensors")
 
     def rewards(self, mix=None):
         """The rewards of --reward, or of another mix."""
@@ -522,7 +607,7 @@ class Trainer:
                 ids, edits = (text_ids(self.vocab, t, self.device) for t in ([e.prompt for e in examples], edited))
                 with self.autocast():
                     loss, r1 = clip_loss(clip, np.stack([e.picture for e in examples]), ids, edits)
-                yield {"loss": loss}, {"r1": r1}
+                yield {"loss": loss}, {"r1": r1, "tokens": int((ids > PAD).sum())}
 
             self.optimise(stage, clip, steps, c.clip_lr, losses)
             save_atomically(clip.state_dict(), self.folder / f"{stage}.safetensors")
@@ -542,7 +627,7 @@ class Trainer:
             pairs = own + make_pairs(source, rng, c.pairs - len(own))
             with self.autocast():
                 better, worse = model.pairs(self.vocab, pairs)
-            yield {"loss": preference_loss(better, worse)}, {"accuracy": (better > worse).float().mean()}
+            yield {"loss": preference_loss(better, worse)}, {"accuracy": (better > worse).float().mean(), "pairs": len(pairs)}
 
         self.optimise("preference", model, c.preference_steps, c.clip_lr, losses)
         model.eval()
@@ -595,13 +680,18 @@ class Trainer:
         print(f"{part}: share of (right, wrong) drawings of a prompt in order: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
         return found
 
-    def grpo_stage(self):
-        """Every step: prompts of each task, G candidates for each, rewards, advantages, one loss over all tasks (T1)."""
+    def grpo_stage(self, stage="grpo", control=None):
+        """Every step: prompts of each task, G candidates for each, rewards, advantages, one loss over all tasks (T1).
+        control: another loss (logprobs, ref_logprobs, rewards, mask) -> loss of the same rollouts."""
         c = self.config
         policy, reference = self.policy("base"), self.policy("base").requires_grad_(False)
         rewards = self.rewards()
         objective = dict(clip_low=c.clip_low, clip_high=c.clip_high, kl_coef=c.kl_coef, reduction=c.reduction, level=c.level,
                          temperature=c.temperature)  # fmt: skip
+
+        def controlled(hidden, head, tokens, old, ref, advantages, mask, *, lo, hi, rewards, **_):
+            logprobs = selected_logprobs(hidden, head, tokens.clamp(min=0), c.temperature, lo, hi)
+            return control(torch.where(mask, logprobs, 0.0), ref, rewards, mask), {}
 
         def sampled(rng, task):
             """One rollout of a task, from one source."""
@@ -622,24 +712,28 @@ class Trainer:
             return r, self.advantages(r, parts, rewards.weights)
 
         def losses(step):
-            rng = self.rng("grpo", step)
+            rng = self.rng(stage, step)
             rollouts = [sampled(rng, task) for task in GRPO_TASKS if any(task in s.tasks for s in self.sources)]
             row = {}
             for epoch in range(c.epochs):
                 parts = {}
                 for r, advantages in rollouts:
+                    how = (controlled, None) if control else (fused_linear_grpo_loss, advantages)
                     with self.autocast():
-                        loss, metrics = rollout_loss(policy, reference, r, fused_linear_grpo_loss, advantages=advantages, **objective)
+                        loss, metrics = rollout_loss(policy, reference, r, how[0], advantages=how[1], **objective)
                     parts[r.task] = GRPO_TASKS[r.task] * loss
                     row |= {f"{k if k != 'kl' else 'k3'}_{r.task}": float(v) for k, v in metrics.items()}
                     for k, v in r.stats.items() if epoch == 0 else ():
                         row[k] = row.get(k, 0) + v  # tokens and seconds add up over the tasks
                 if c.ptx_coef:
-                    nll, tokens = self.next_token_loss(policy, rng, c.batch, rewards.believes if c.ptx_filter else None)
+                    rows = self.pairs(rng, c.batch, rewards.believes if c.ptx_filter else None)
+                    nll, tokens = self.next_token_loss(policy, rows)
                     parts["ptx"], row["nll"], row["ptx_tokens"] = c.ptx_coef * nll, float(nll.detach()), tokens  # (T1)
+                    row["labels"] = sum(e.task in ("ask", "reason") for _, e, _ in rows)
+                row["labels"] = row.get("labels", 0) + sum(len(r.rewards) for r, _ in rollouts if r.task in ("ask", "reason"))
                 yield parts, row
 
-        self.optimise("grpo", policy, c.grpo_steps, c.grpo_lr, losses, self.watcher())
+        self.optimise(stage, policy, c.grpo_steps, c.grpo_lr, losses, self.watcher())
         save_atomically(policy.state_dict(), self.folder / "aligned.safetensors")
 
     def advantages(self, r, parts, weights):
@@ -690,7 +784,9 @@ class Trainer:
         clip = evaluation.load_clip(self.folder, "clip_report", self.vocab, vars(c), self.device)
         results = {}
         for source, judge in evaluation.judges(vars(c), self.sources):
-            result = evaluation.evaluate(models, self.vocab, self.codebook, source, judge, clip, c.eval_items, c.seed, c.eval_prompts)
+            rewards = self.rewards() if c.method == "best" else None
+            result = evaluation.evaluate(
+                models, self.vocab, self.codebook, source, judge, clip, c.eval_items, c.seed, c.eval_prompts, rewards=rewards)  # fmt: skip
             results[source.name] = result
             print(f"\n{source.name}\n{evaluation.table(result)}")
         before, after = (self.draw_samples(model, name) for name, model in models.items())
@@ -702,7 +798,9 @@ class Trainer:
         curves(self.folder)
         first = next(iter(results.values()))
         seconds = stage_seconds(self.folder) | {"eval": round(time.perf_counter() - start, 1)}
-        meta = describe(c) | {"seconds": seconds, "device": self.reason, **self.memory()}
+        used = (ledger(Path(c.base)) if c.base else {}) | ledger(self.folder)
+        used = {stage: used[stage] for stage in ("pretrain", "clip", "clip_report", "preference", LAST[c.method]) if stage in used}
+        meta = describe(c) | {"seconds": seconds, "ledger": used, "device": self.reason, **self.memory()}
         out = first | {"sources": results, "meta": meta} if len(results) > 1 else first | {"meta": meta}
         write_json(self.folder / "eval.json", out)
 
@@ -756,9 +854,11 @@ def curves(folder):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    if not (folder / "metrics.csv").exists():
+        return  # nothing was learned here
     rows = list(csv.DictReader((folder / "metrics.csv").open(encoding="utf-8")))
     panels = {  # title: (stages, columns by prefix)
-        "next-token loss": (("pretrain", "unified", "filtered"), ("loss",)),
+        "next-token loss": (("pretrain", *MORE_STAGES), ("nll",)),
         "CLIP: own caption ranked first": (("clip", "clip_report"), ("r1",)),
         "reward (mean of a step)": (("grpo",), ("reward_",)),
         "judge and diversity, validation prompts": (("grpo",), ("val_",)),
@@ -804,6 +904,23 @@ def stage_seconds(folder):
     return {k: round(v, 1) for k, v in seconds.items()}
 
 
+def ledger(folder):
+    """{stage: what it used}: steps, seconds, tokens learned from, labelled questions, preference pairs, and operations: the
+    matrix products of one counted step times the steps, two operations a multiplication."""
+    used = {}
+    for name in ("metrics", "timing"):
+        path = folder / f"{name}.csv"
+        for r in csv.DictReader(path.open(encoding="utf-8")) if path.exists() else ():
+            stage = used.setdefault(r["stage"], dict.fromkeys(("steps", "seconds", "tokens", "labels", "pairs", "operations"), 0))
+            stage["steps"] += name == "metrics"
+            for k in ("seconds", "tokens", "ptx_tokens", "labels", "pairs"):
+                stage[k.removeprefix("ptx_")] += float(r.get(k) or 0)
+            stage["operations"] = float(r.get("operations") or 0) or stage["operations"]
+    for stage in used.values():
+        stage["operations"] *= stage["steps"]
+    return used
+
+
 def describe(config):
     """What a result needs beside it: configuration, command, commit, machine, versions."""
     try:
@@ -833,13 +950,12 @@ def take_over(config, folder):
     different = [f"{n} {theirs[n]} (here {getattr(config, n)})" for n in shape if theirs[n] != getattr(config, n)]
     if different:
         raise ValueError(f"--base {base} has another configuration: {', '.join(different)}")
-    if config.method != "lvrpo" and not config.extra_steps:
+    if config.method in MORE and not (config.extra_steps or config.fitting_steps):
         spent = stage_seconds(base)
         if not {"pretrain", "grpo"} <= set(spent):
             raise ValueError(f"--base {base}: its timing.csv does not tell what pretrain and grpo took; give --extra-steps")
         seconds = spent.get("clip", 0) + spent.get("grpo", 0)
-        config.extra_steps = max(1, round(seconds / spent["pretrain"] * theirs["pretrain_steps"]))
-        print(f"{config.method}: {config.extra_steps} further steps, for the {seconds:.0f} s of clip and grpo in {base}")
+        config.fitting_steps = seconds / spent["pretrain"] * theirs["pretrain_steps"]
     folder.mkdir(parents=True, exist_ok=True)
     for name in kept:
         shutil.copy(base / name, folder / name)
@@ -860,7 +976,7 @@ def main(config):
     if not saved.exists():
         if config.base:
             take_over(config, folder)
-        elif config.method != "lvrpo" and not config.extra_steps:
+        elif config.method in MORE and not (config.extra_steps or config.fitting_steps):
             raise ValueError(f"--method {config.method} needs --base RUN (it gets the seconds that lvrpo took there) or --extra-steps")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(saved, dataclasses.asdict(config))

@@ -430,7 +430,7 @@ def test_the_first_loss_is_zero_its_gradient_is_not_and_a_second_pass_sees_the_m
     policy, reference, r, *_ = rolled(task)
     loss, _ = rollout_loss(policy, reference, r, fused_linear_grpo_loss, temperature=0.8, kl_coef=0.0, reduction="sequence")
     loss.backward()
-    assert abs(float(loss)) < 1e-6 and all(p.grad.abs().max() > 1e-5 for p in policy.parameters())
+    assert abs(loss.item()) < 1e-6 and all(p.grad.abs().max() > 1e-5 for p in policy.parameters())
     old = r.old_logprobs.clone()
     with torch.no_grad():
         for p in policy.parameters():

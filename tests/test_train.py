@@ -119,7 +119,7 @@ def test_the_automatic_preset_follows_the_device_and_names_the_run():
     (["--data", "synthetick"], "--data synthetick: expected names from synthetic, fashion_mnist, .*did you mean synthetic?"),
     (["--data", "synthetic,"], "--data synthetic,: expected names"),
     (["--stage", "bake"], "--stage bake: expected all, or names from codebook"),
-    (["--method", "unified", "--stage", "grpo"], "--stage grpo: expected all, or names from codebook, pretrain, clip, unified"),
+    (["--method", "unified", "--stage", "grpo"], "--stage grpo: expected all, or names from codebook, pretrain, clip, preference, unified"),
     pytest.param(["--threads", "-1"], "--threads -1"),
     pytest.param(["--extra-steps", "-1"], "--extra-steps -1")])  # fmt: skip
 def test_a_value_that_cannot_work_is_an_error_with_the_legal_ones(flags, legal):
