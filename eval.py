@@ -22,16 +22,20 @@ because a low temperature alone makes a model look better and duller.
     $ python eval.py --run runs/NAME --draw "a red circle left of a blue square" --out picture.png
     $ python eval.py --run runs/NAME --ask "what color is the circle ?" --image picture.png
     $ python eval.py --compare runs/A runs/B ...                                # methods side by side, over seeds
+    $ python eval.py --run runs/NAME --ablate group|kl|reward                   # short runs from its base: table and figure
 """
 
 import argparse
+import csv
 import functools
 import itertools
 import json
 import math
 import random
 import re
+import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -607,6 +611,79 @@ def judges(config, sources=None):
     return [(source, WorldJudge() if source.name == "synthetic" else FashionJudge(source)) for source in sources]
 
 
+# ---------------------------------------------------------------- ablations: many short runs from one base
+
+SHORT = {"grpo_steps": 40, "eval_items": 256, "eval_prompts": 32}
+ABLATIONS = {  # name: {variant: flags}; every variant takes as many steps from the same base
+    "group": {f"{g} x {p} prompts": {"group_size": g, "prompts": p} for g, p in (
+        (2, 64), (4, 32), (8, 16), (16, 8), (2, 16), (4, 16), (16, 16))},  # four at equal samples, then at equal prompts
+    "kl": {f"{k:g}": {"kl_coef": k} for k in (0.0, 0.01, 0.02, 0.05, 0.2)},
+    "reward": {mix: {"reward": mix} for mix in ("rule", "learned", "mix")},
+}  # fmt: skip
+
+
+def trained(out, **flags):
+    """eval.json of a run of train.py with these flags, in a process of its own; a finished one is read, a started one goes on."""
+    path = Path(out) / "eval.json"
+    if not path.is_file():
+        words = [w for k, v in (flags | {"out": out}).items() for w in (f"--{k.replace('_', '-')}", str(v))]
+        resume = ["--resume"] if (Path(out) / "config.json").is_file() else []
+        print(f"train.py {' '.join(words + resume)}", flush=True)
+        subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *words, *resume], check=True, stdout=subprocess.DEVNULL)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def last_of(folder, column, share=0.25):
+    """The mean of a column of metrics.csv over the last part of the steps that have it; None without any."""
+    values = [float(r[column]) for r in csv.DictReader((Path(folder) / "metrics.csv").open(encoding="utf-8")) if r.get(column)]
+    return float(np.mean(values[-max(1, round(share * len(values))) :])) if values else None
+
+
+def ablate(name, base, out, seeds=3, **flags):
+    """Train every variant of an ablation from one base, with several seeds: a table, and a figure at out/NAME.png."""
+    flags, out = SHORT | flags, Path(out)
+    config = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
+    same = {k: config[k] for k in ("preset", "device", "data", "data_dir", "width", "layers", "heads", "patch", "jitter", "clip_width")}
+    columns, rows, start = {}, {}, time.monotonic()
+    for i, (variant, change) in enumerate(ABLATIONS[name].items()):
+        values = defaultdict(list)
+        for seed in range(seeds):
+            folder = out / f"{name}-{variant.replace(' ', '')}-{seed}"
+            result = trained(folder, base=base, seed=seed, **same, **flags, **change)
+            found = {k: last_of(folder, f"{c}_draw") for k, c in {"reward": "reward", "KL": "kl", "no spread": "zero_spread"}.items()}
+            cells = {m: c["value"] for group in result["aligned"].values() for m, c in group.items() if c}
+            found |= {m: cells.get(m) for m in ("compose", "compose_heldout", "diversity", "vqa", "text_nll")}
+            for k, v in (found | {"seconds": result["meta"]["seconds"].get("grpo")}).items():
+                values[k].append(v)
+        rows[variant] = {k: v for k, v in values.items() if None not in v}
+        columns |= dict.fromkeys(rows[variant])
+        left = (time.monotonic() - start) / (i + 1) * (len(ABLATIONS[name]) - i - 1)
+        print(f"{variant}: done; about {left / 60:.0f} minutes left", flush=True)
+    lines = [f"{name:18}" + "".join(f"{c:>18}" for c in columns)]
+    lines += [f"{variant:18}" + "".join(f"{over_seeds(row.get(c, [])):>18}" for c in columns) for variant, row in rows.items()]
+    ablation_figure(name, rows, out / f"{name}.png")
+    return "\n".join(lines)
+
+
+def ablation_figure(name, rows, path):
+    """Reward, judge and diversity side by side: a reward that rises alone is being hacked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
+    for ax, (column, title) in zip(axes, {"reward": "reward of drawings, last quarter", "compose": "judge: compose, T=1",
+                                          "diversity": "diversity, T=1", "text_nll": "text NLL (lower is better)"}.items()):  # fmt: skip
+        values = [row.get(column, [math.nan]) for row in rows.values()]
+        ax.errorbar(range(len(values)), [np.mean(v) for v in values], [np.std(v) for v in values], fmt="o", capsize=3)
+        ax.set_xticks(range(len(values)), list(rows), rotation=30, fontsize=8)
+        ax.set_title(title, fontsize=10)
+    figure.suptitle(f"{name}: mean and standard deviation over seeds")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
 # ---------------------------------------------------------------- the command line
 
 
@@ -641,6 +718,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", metavar="DIR", help="a run directory of train.py")
     parser.add_argument("--compare", nargs="+", metavar="DIR", help="run directories: methods side by side, over seeds")
+    parser.add_argument("--ablate", choices=tuple(ABLATIONS), help="train variants from the base of --run; table and figure in runs/ablate")
+    parser.add_argument("--seeds", type=int, default=3, help="of --ablate [3]")
     parser.add_argument("--json", metavar="FILE", help="write the numbers of --run there")
     parser.add_argument("--draw", metavar="PROMPT", help="draw this")
     parser.add_argument("--out", metavar="FILE", default="picture.png", help="where --draw saves [picture.png]")
@@ -657,6 +736,9 @@ def main(argv=None):
     if not args.run:
         raise ValueError("say what to do: --run DIR (see --help), or --compare DIR DIR ...")
     device = pick_device(args.device)[0]
+    if args.ablate:
+        load_run(args.run)
+        return print(ablate(args.ablate, args.run, "runs/ablate", args.seeds))
     if args.draw is not None:
         draw(args.run, args.draw, args.out, args.model, args.temperature, args.guidance, args.seed, device)
         print(f"{args.out}: {args.draw}")

@@ -1,24 +1,24 @@
 """The whole method in one command: learn the codebook, pre-train, train the reward, align with GRPO, evaluate.
 
-  stage      learns                                    from                                        leaves in runs/NAME/
-  codebook   patches <-> codes, words <-> ids          pictures; texts                             codebook.safetensors, tokenizer.json
-  pretrain   the base policy: next token               noisy pairs, clean questions                base.safetensors
-  clip       the reward's CLIP, and a second one       noisy pairs; the second: clean pairs of     clip.safetensors, clip_report.safetensors
-             that only reports                         other scenes                                reward_validity.json
-  preference the learned reward (unless       pairs: edited captions and pictures,        preference.safetensors
-             --reward rule)                   samples of the base ranked by the CLIP      preference_validity.json
-  grpo       the aligned policy                        its own samples, rewarded; prompts alone    aligned.safetensors
-    or, instead of clip and grpo, by --method, for the seconds that these two took:
-  unified    the obvious alternative                   more of pretrain's pairs                    aligned.safetensors
-  contrast   a baseline, --method clip                 the same, and a contrastive loss (G13)      aligned.safetensors
-  masked     a baseline, --method beit                 the same, and masked picture codes (G14)    aligned.safetensors
-  labels     a control: what exact match knows         the same, and questions about three objects aligned.safetensors
-    or, instead of grpo, controls with the same reward:
-  filtered   next tokens                               pairs whose caption the reward believes     aligned.safetensors
-  reject     next tokens (G11)                         the best of each group of its own samples   aligned.safetensors
-  dpo        preferences (G12)                         the best and the worst of each group        aligned.safetensors
-  best       nothing: best of N when asked             the reward chooses among 8 candidates       aligned.safetensors
-  eval       nothing                                   test scenes                                 eval.json, curves.png, samples/
+  stage       learns                                   from                                        leaves in runs/NAME/
+  codebook    patches <-> codes, words <-> ids         pictures; texts                             codebook.safetensors, tokenizer.json
+  pretrain    the base policy: next token              noisy pairs, clean questions                base.safetensors
+  clip        the reward's CLIP, and a second one      noisy pairs; the second: clean pairs of     clip.safetensors, clip_report.safetensors
+              that only reports                        other scenes                                reward_validity.json
+  preference  a reward from pairs, only if             edited captions and pictures, samples of    preference.safetensors
+              --reward is learned or mix               the base ranked by the CLIP score           preference_validity.json
+  grpo        the aligned policy                       its own samples, rewarded; prompts alone    aligned.safetensors
+    or, by --method, what goes on with pretrain's loss for the seconds that clip and grpo took:
+  unified     the obvious alternative                  more of pretrain's pairs                    aligned.safetensors
+  contrast    --method clip: and a contrastive loss    the same                                    aligned.safetensors
+  masked      --method beit: and masked picture codes  the same                                    aligned.safetensors
+  labels      --method labels                          and questions about three objects           aligned.safetensors
+  filtered    --method filtered                        pairs whose caption the reward believes     aligned.safetensors
+    or, by --method, other ways to use the same reward on samples:
+  reject      next tokens                              the best of each group of its own samples   aligned.safetensors
+  dpo         preferences                              the best and the worst of each group        aligned.safetensors
+  best        nothing                                  the reward chooses among 8 when asked       aligned.safetensors
+  eval        nothing                                  test scenes                                 eval.json, curves.png, samples/
 
   (T1) L = mean_task weight_task * L_grpo(task) + ptx_coef * L_nexttoken     the pre-training loss is kept in the GRPO
            step (InstructGPT's PPO-ptx), against forgetting; what it is worth here has not been measured

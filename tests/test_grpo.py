@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import grpo
-from data import World
+from data import IMAGE, SPECIAL, World
 from grpo import combine_rewards, group_advantages, grpo_loss, kl_k3, pairwise_advantages, reduce_tokens, rollout, rollout_loss
 from kernels import fused_linear_grpo_loss
 from model import ModelConfig, Transformer, completion_mask
@@ -442,3 +442,47 @@ def test_the_first_loss_is_zero_its_gradient_is_not_and_a_second_pass_sees_the_m
 def test_groups_without_spread_are_counted(rolled):
     *_, r, _, _ = rolled("ask")
     assert r.stats["zero_spread_ask"] == 0 and r.rewards.shape == (3, 4)
+
+
+# ---------------------------------------------------------------- objectives of the baselines
+
+
+@pytest.fixture
+def some_codes(codebook):
+    rng, world = random.Random(0), World()
+    return codebook.encode(np.stack([world.example(rng, "draw").picture for _ in range(3)]))
+
+
+def test_the_contrastive_loss_is_infonce_of_mean_states_read_alone_with_equal_captions_as_positives(vocab, codebook, some_codes):
+    model, texts = lively_model(vocab, codebook, 0), ["a red circle", "a blue square", "a red circle"]
+    loss = grpo.contrastive_loss(model, vocab, some_codes, texts, None)
+    image, text = [], []
+    for codes, words in zip(some_codes, texts):
+        ids = [1, SPECIAL.index("<caption>"), IMAGE, *(codes + vocab.n_text).tolist()]
+        patch = torch.tensor([[-1] * 3 + list(range(16))])
+        image.append(torch.nn.functional.normalize(model(torch.tensor([ids]), patch)[0, 3:].float().mean(0), dim=0))
+        ids = [1, SPECIAL.index("<draw>"), *vocab.encode(words)]
+        text.append(torch.nn.functional.normalize(model(torch.tensor([ids]), torch.full((1, len(ids)), -1))[0, 2:].float().mean(0), dim=0))
+    s = 10 * torch.stack(image) @ torch.stack(text).T
+    right = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]]).bool()
+    expected = sum(-torch.log((s.exp() * right).sum(d) / s.exp().sum(d)).mean() / 2 for d in (0, 1))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_masked_loss_sees_both_sides_of_a_hidden_code_and_never_the_code_itself(vocab, codebook, some_codes):
+    """A wrong code elsewhere, before or after, changes the prediction; what is hidden has gradient from its answer only."""
+    model, one = lively_model(vocab, codebook, 0), some_codes[:1]
+
+    def loss(codes, share=0.05):
+        return grpo.masked_code_loss(model, vocab, codes, [], random.Random(3), share).item()
+
+    hidden = torch.rand((1, 19), generator=torch.Generator().manual_seed(random.Random(3).getrandbits(60)))[0, 3:] < 0.05
+    assert hidden.sum() == 1  # the seed hides one code
+    at, before = int(hidden.nonzero()), loss(one)
+    for place in (0, 15):
+        other = one.clone()
+        other[0, place] = (other[0, place] + 7) % len(codebook.entries)
+        assert (loss(other) != before) or place == at
+    every = torch.stack([torch.where(hidden, k, one[0]) for k in range(len(codebook.entries))])
+    likelihoods = [math.exp(-loss(codes[None])) for codes in every]
+    assert sum(likelihoods) == pytest.approx(1, abs=1e-4)  # the same distribution whichever code was there: it was not seen
