@@ -123,13 +123,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.gain, eps=1e-6)  # (M3)
 
 
-def rotate(x, positions):
-    """Rotary embedding of x (..., N, H, L, D) at positions (L,), or (N, L) where rows differ."""
-    half = x.shape[-1] // 2
-    frequency = 100.0 ** (-torch.arange(half, device=x.device) / half)  # sequences are short: 100, not 10,000
+def rotation(positions, width):
+    """Positions (L,), or (N, L) where rows differ -> cosines and sines of their angles, each (..., 1, L, width/2)."""
+    half = width // 2
+    frequency = 100.0 ** (-torch.arange(half, device=positions.device) / half)  # sequences are short: 100, not 10,000
     angle = (positions[..., None] * frequency).unsqueeze(-3)  # the same for all heads
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, turn):
+    """Rotary embedding of x (..., N, H, L, D) by a rotation of width D."""
+    (a, b), (cos, sin) = x.chunk(2, -1), turn
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)  # (M4)
 
 
@@ -146,14 +150,15 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x, positions, causal=True, mask=None, cache=None, first=0):
-        """x (N, L, C) at positions (L,) or (N, L). mask: bool, broadcast to (N, H, L, keys), the keys that may be looked at;
-        it replaces `causal`. cache: (keys, values), each (N, H, longest, D): written from column `first` on, read up to
-        the last column written."""
+    def forward(self, x, turn=None, causal=True, mask=None, cache=None, first=0):
+        """x (N, L, C), its queries and keys turned by a `rotation`. mask: bool, broadcast to (N, H, L, keys), the keys that
+        may be looked at; it replaces `causal`. cache: (keys, values), each (N, H, longest, D): written from column `first`
+        on, read up to the last column written."""
         n, length, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         # queries and keys of equal length: attention logits are bounded and cannot blow up at high learning rates
-        (q, k), v = rotate(F.rms_norm(qkv[:2], qkv.shape[-1:]), positions), qkv[2]
+        qk, v = F.layer_norm(qkv[:2], qkv.shape[-1:]), qkv[2]
+        q, k = (qk if turn is None else rotate(qk, turn)).to(v.dtype)
         if cache is not None:
             for store, new in zip(cache, (k, v)):
                 store[:, :, first : first + length] = new
@@ -198,8 +203,9 @@ class Transformer(nn.Module):
         place = self.row(patch.clamp(min=0) // self.config.side) + self.column(patch.clamp(min=0) % self.config.side)
         x = x + place * (patch >= 0).unsqueeze(-1)
         positions = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
+        turn = rotation(positions, self.config.width // self.config.heads)
         for i, block in enumerate(self.blocks):
-            x = block(x, positions, cache=cache and cache[i], first=first, mask=mask)
+            x = block(x, turn, cache=cache and cache[i], first=first, mask=mask)
         return self.norm(x).to(self.compute_dtype)
 
     def new_cache(self, n, length):

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import COUNTS, END_THINK, FASHION_CLASSES, NOISE, PAD, THINK, edits, in_pool, parse_caption, render, scene_edits
-from model import Block, RMSNorm
+from model import Block, RMSNorm, rotation
 
 FLOOR = -6.0  # the learned rewards are cut here: a hopeless candidate is not worse than a bad one
 
@@ -65,18 +65,18 @@ class CLIP(nn.Module):
 
     def image(self, pictures):
         """(N, S, S, 3) uint8 -> one unit vector a patch, (N, P, D)."""
-        x = self.pixels(cut(pictures, self.patch, self.place.device)) + self.place
-        positions = torch.zeros(x.shape[1], device=x.device)  # `place` says where; no rotation
+        x = self.pixels(cut(pictures, self.patch, self.place.device)) + self.place  # which says where: no rotation
         for block in self.image_blocks:
-            x = block(x, positions, causal=False)
+            x = block(x, causal=False)
         return F.normalize(self.image_norm(x), dim=-1)
 
     def text(self, ids):
         """(M, W) int64, padded with <pad> -> one unit vector a word, (M, W, D); padding is exactly zero."""
         real = ids != PAD
-        x, positions = self.words(ids), torch.arange(ids.shape[1], device=ids.device)
+        x = self.words(ids)
+        turn = rotation(torch.arange(ids.shape[1], device=ids.device), x.shape[-1] // self.text_blocks[0].heads)
         for block in self.text_blocks:
-            x = block(x, positions, causal=False, mask=real[:, None, None, :])
+            x = block(x, turn, causal=False, mask=real[:, None, None, :])
         return F.normalize(self.text_norm(x), dim=-1) * real[..., None]
 
     def similarity(self, image, text, pairs="nm"):
@@ -238,8 +238,9 @@ class PreferenceModel(nn.Module):
         real, P = ids != PAD, patches.shape[1]
         x, mask = torch.cat((patches, self.words(ids)), 1), F.pad(real, (P, 0), value=True)  # (N, P + W, C), (N, P + W)
         positions = F.pad(torch.arange(1, ids.shape[1] + 1, device=x.device), (P, 0))  # `place` says where a patch is: no rotation
+        turn = rotation(positions, x.shape[-1] // self.blocks[0].heads)
         for block in self.blocks:
-            x = block(x, positions, causal=False, mask=mask[:, None, None, :])
+            x = block(x, turn, causal=False, mask=mask[:, None, None, :])
         patches, words = self.norm(x).split((P, ids.shape[1]), 1)
         best = (words @ self.match(patches).mT / x.shape[-1] ** 0.5).amax(-1)  # (N, W)
         return ((best * real).sum(1) / real.sum(1).clamp(min=1)).float()

@@ -19,6 +19,7 @@ from model import (
     first_choices,
     pick_device,
     rotate,
+    rotation,
     sample,
     tails,
 )
@@ -119,10 +120,13 @@ def test_rotation_keeps_lengths_and_makes_a_product_depend_on_the_distance_only(
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
 
-    def product(at, other):
-        return float((rotate(q, torch.tensor([at])) * rotate(k, torch.tensor([other]))).sum())
+    def turned(x, at):
+        return rotate(x, rotation(torch.tensor([at]), 16))
 
-    assert rotate(q, torch.tensor([7])).norm() == pytest.approx(q.norm())
+    def product(at, other):
+        return float((turned(q, at) * turned(k, other)).sum())
+
+    assert turned(q, 7).norm() == pytest.approx(q.norm())
     assert product(3, 8) == pytest.approx(product(20, 25), abs=1e-6) and product(3, 8) != pytest.approx(product(3, 9), abs=1e-3)
 
 
