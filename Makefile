@@ -1,11 +1,12 @@
 # make train: set up, align, train the obvious alternative from the same base, compare
+# make reproduce: every method, five seeds, the paper's claims (about 95 minutes on two cores; start again to go on)
 # make test: set up and run the tests      make test-all: the long ones too
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 THREADS := OMP_NUM_THREADS=2
 
-.PHONY: train test test-all clean
+.PHONY: train reproduce ablate test test-all clean
 
 $(BIN)/.runtime: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,6 +21,12 @@ train: $(BIN)/.runtime
 	$(BIN)/python train.py --out runs/lvrpo
 	$(BIN)/python train.py --method unified --base runs/lvrpo --out runs/unified
 	$(BIN)/python eval.py --compare runs/lvrpo runs/unified
+
+reproduce: $(BIN)/.runtime
+	$(BIN)/python results/reproduce.py
+
+ablate: $(BIN)/.runtime
+	for name in group kl reward pairs; do $(BIN)/python eval.py --run runs/lvrpo --ablate $$name || exit; done
 
 test: $(BIN)/.dev
 	$(BIN)/ruff check .

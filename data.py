@@ -306,7 +306,7 @@ def edits(caption):
 
 def scene_edits(scene):
     """All scenes one small edit away, as (kind, scene): what `edits` is to captions. Here position moves an object to a free
-    cell and relation makes two objects exchange theirs.
+    cell, relation makes two objects exchange theirs, and twice adds the same kind again, which no true scene has.
 
     >>> [edited[0].kind for kind, edited in scene_edits([Object("red", "circle", "big", 0, 0)]) if kind == "shape"]
     [('red', 'square'), ('red', 'triangle')]
@@ -321,6 +321,7 @@ def scene_edits(scene):
                 swap(name, o._replace(**{name: word}))
         for row, column in free:
             swap("position", o._replace(row=row, column=column))
+            changed.append(("twice", [*scene, o._replace(row=row, column=column)]))
         if len(scene) > 1:
             changed.append(("drop", scene[:i] + scene[i + 1 :]))
         for j, p in enumerate(scene[:i]):
@@ -329,7 +330,7 @@ def scene_edits(scene):
                 swap("swap", o._replace(color=p.color), j, p._replace(color=o.color))
     for (color, shape), size, (row, column) in itertools.product(KINDS, SIZES, free):
         changed.append(("add", [*scene, scene[0]._replace(color=color, shape=shape, size=size, row=row, column=column)]))
-    return [(kind, e) for kind, e in changed if e != scene and len({o.kind for o in e}) == len(e)]
+    return [(kind, e) for kind, e in changed if e != scene and (kind == "twice" or len({o.kind for o in e}) == len(e))]
 
 
 # ---------------------------------------------------------------- questions, with worked steps for the two-hop ones

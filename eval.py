@@ -22,7 +22,7 @@ because a low temperature alone makes a model look better and duller.
     $ python eval.py --run runs/NAME --draw "a red circle left of a blue square" --out picture.png
     $ python eval.py --run runs/NAME --ask "what color is the circle ?" --image picture.png
     $ python eval.py --compare runs/A runs/B ...                                # methods side by side, over seeds
-    $ python eval.py --run runs/NAME --ablate group|kl|reward                   # short runs from its base: table and figure
+    $ python eval.py --run runs/NAME --ablate group|kl|reward|pairs             # short runs from its base: table and figure
 """
 
 import argparse
@@ -413,29 +413,33 @@ METRICS = {  # group: metrics; those that no task of a run gives are null
 
 def measure(evaluator, clip, n=1000):
     """Every metric of one model on one source: {group: {metric: {"value", "low", "high", "n"} or None}}, a breakdown of
-    the drawings by kind of statement, and the best temperature, chosen on validation prompts."""
-    e, judge, found, breakdown = evaluator, evaluator.judge, {}, {}
+    the drawings by kind of statement, and the outcome of every single item, {metric: list}, to pair methods by."""
+    e, judge, found, breakdown, items = evaluator, evaluator.judge, {}, {}, {}
+
+    def note(metric, outcomes, cell, **more):
+        found[metric], items[metric] = cell(outcomes) | more, np.round(outcomes * 1, 4).tolist()
+
     for metric, pools in judge.pools.items():  # at temperature 1, one picture a prompt
         examples = e.examples("draw", 2 * n if metric == "compose" else n, pools)
         pictures = e.outputs(examples)
         right, breakdown[metric] = judge.draw(examples, pictures)
-        found[metric] = rate(right)
+        note(metric, right, rate)
         if metric == "compose":
-            found["clip_score"] = average(clip_score(clip, e.vocab, pictures, [x.prompt for x in examples]).cpu().numpy())
+            note("clip_score", clip_score(clip, e.vocab, pictures, [x.prompt for x in examples]).cpu().numpy(), average)
             real, other = (np.stack([x.picture for x in some]) for some in (examples, e.examples("caption", 2 * n, pools)))
             seen = [embed(clip, x) for x in (pictures, real, other)]
             for name, ours in {"frechet": seen[0], "frechet_floor": seen[1]}.items():
                 found[name] = {"value": round(frechet(ours, seen[2]), 5), "low": None, "high": None, "n": 2 * n}
     for metric, task in {"vqa": "ask", "caption": "caption", "multihop": "reason"}.items():  # the most likely answer
         if task in e.source.tasks:
-            found[metric] = rate(e.answers(task, n))
+            note(metric, e.answers(task, n), rate)
             if "compose_heldout" in judge.pools:
-                found[f"{metric}_three"] = rate(e.answers(task, n, ("three",)))
+                note(f"{metric}_three", e.answers(task, n, ("three",)), rate)
     *both_ways, chance = e.retrieval(n)
     for metric, right in zip(("retrieval_i2t_r1", "retrieval_t2i_r1"), both_ways):
-        found[metric] = rate(right) | {"chance": round(chance, 4)}
+        note(metric, right, rate, chance=round(chance, 4))
     found["text_nll"] = e.text_nll(n)
-    return {g: {m: found.get(m) for m in names} for g, names in METRICS.items()}, breakdown
+    return {g: {m: found.get(m) for m in names} for g, names in METRICS.items()}, breakdown, items
 
 
 def sweep(evaluator, temperatures=TEMPERATURES, prompts=128, group=8):
@@ -449,15 +453,23 @@ def sweep(evaluator, temperatures=TEMPERATURES, prompts=128, group=8):
     return rows
 
 
-def evaluate(models, vocab, codebook, source, judge, clip, n=1000, seed=0, prompts=128, group=8, temperatures=TEMPERATURES, rewards=None):
-    """The numbers of eval.json for {"base": model, "aligned": model} (meta is the caller's). rewards: "aligned" is best-of-N."""
-    result = {"sweep": {}, "breakdown": {}, "best_temperature": {}, "judge_accuracy": getattr(judge, "accuracy", 1.0)}
+def evaluate(models, vocab, codebook, source, judge, clip, n=1000, seed=0, prompts=128, group=8, rewards=None, known=None):
+    """The numbers of eval.json for {"base": model, "aligned": model} (meta is the caller's), and "items", see measure.
+
+    rewards: "aligned" is best-of-N by these. known: an earlier result, whose base is this one on the same scenes."""
+    parts = ("sweep", "breakdown", "best_temperature", "items")
+    result = {part: {} for part in parts} | {"judge_accuracy": getattr(judge, "accuracy", 1.0)}
     for name, model in models.items():
+        if known and name == "base":
+            result[name] = known[name]
+            for part in parts:
+                result[part][name] = known[part][name]
+            continue
         test, val = (Evaluator(model, vocab, codebook, source, judge, split, seed, rewards=rewards if name == "aligned" else None)
                      for split in ("test", "val"))  # fmt: skip
-        result[name], result["breakdown"][name] = measure(test, clip, n)
-        result["sweep"][name] = rows = sweep(test, temperatures, prompts, group)
-        chosen = max(val.front(judge.pools["compose"], temperatures, max(prompts // 2, 2), 2), key=lambda row: row["compose"])
+        result[name], result["breakdown"][name], result["items"][name] = measure(test, clip, n)
+        result["sweep"][name] = rows = sweep(test, TEMPERATURES, prompts, group)
+        chosen = max(val.front(judge.pools["compose"], TEMPERATURES, max(prompts // 2, 2), 2), key=lambda row: row["compose"])
         result["best_temperature"][name] = chosen["temperature"]
         for key in ("diversity", "diversity_heldout"):  # at temperature 1
             if key in rows[-1]:
@@ -613,72 +625,85 @@ def judges(config, sources=None):
 
 # ---------------------------------------------------------------- ablations: many short runs from one base
 
-SHORT = {"grpo_steps": 40, "eval_items": 256, "eval_prompts": 32}
-ABLATIONS = {  # name: {variant: flags}; every variant takes as many steps from the same base
-    "group": {f"{g} x {p} prompts": {"group_size": g, "prompts": p} for g, p in (
+SHORT = {"grpo_steps": 30, "eval_items": 256, "eval_prompts": 24}
+ABLATIONS = {  # name: {variant: flags}; as many steps from the same base for all; no flags: the defaults, one run for all ablations
+    "group": {f"{g} x {p} prompts": {"group_size": g, "prompts": p} if g * p != 128 or g != 8 else {} for g, p in (
         (2, 64), (4, 32), (8, 16), (16, 8), (2, 16), (4, 16), (16, 16))},  # four at equal samples, then at equal prompts
-    "kl": {f"{k:g}": {"kl_coef": k} for k in (0.0, 0.01, 0.02, 0.05, 0.2)},
-    "reward": {mix: {"reward": mix} for mix in ("rule", "learned", "mix")},
+    "kl": {"0": {"kl_coef": 0}, "0.01": {"kl_coef": 0.01}, "0.02": {}, "0.05": {"kl_coef": 0.05}, "0.2": {"kl_coef": 0.2}},
+    "reward": {"rule": {}, "learned": {"reward": "learned"}, "mix": {"reward": "mix"}},
+    "pairs": {n: {"reward": "learned", "stage": "preference", "pair_limit": n} for n in ("100", "1000", "10000")},
 }  # fmt: skip
 
 
 def trained(out, **flags):
-    """eval.json of a run of train.py with these flags, in a process of its own; a finished one is read, a started one goes on."""
-    path = Path(out) / "eval.json"
-    if not path.is_file():
+    """Run train.py with these flags, in a process of its own; a finished run stays as it is, a started one goes on."""
+    out = Path(out)
+    if not ((out / "eval.json").is_file() or (flags.get("stage") == "preference" and (out / "preference_validity.json").is_file())):
         words = [w for k, v in (flags | {"out": out}).items() for w in (f"--{k.replace('_', '-')}", str(v))]
-        resume = ["--resume"] if (Path(out) / "config.json").is_file() else []
+        resume = ["--resume"] if (out / "config.json").is_file() else []
         print(f"train.py {' '.join(words + resume)}", flush=True)
         subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *words, *resume], check=True, stdout=subprocess.DEVNULL)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return out
 
 
 def last_of(folder, column, share=0.25):
     """The mean of a column of metrics.csv over the last part of the steps that have it; None without any."""
-    values = [float(r[column]) for r in csv.DictReader((Path(folder) / "metrics.csv").open(encoding="utf-8")) if r.get(column)]
+    values = [float(r[column]) for r in csv.DictReader((folder / "metrics.csv").open(encoding="utf-8")) if r.get(column)]
     return float(np.mean(values[-max(1, round(share * len(values))) :])) if values else None
 
 
-def ablate(name, base, out, seeds=3, **flags):
-    """Train every variant of an ablation from one base, with several seeds: a table, and a figure at out/NAME.png."""
+def outcome(folder):
+    """What an ablation shows of one run: {column: number or None}."""
+    if not (folder / "eval.json").is_file():
+        report = json.loads((folder / "preference_validity.json").read_text(encoding="utf-8"))["synthetic"]
+        return report["accuracy"] | {"calibration error": report["calibration_error"]}
+    result = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    cells = {m: c["value"] for group in result["aligned"].values() for m, c in group.items() if c}
+    logged = {k: last_of(folder, f"{c}_draw") for k, c in {"reward": "reward", "KL": "kl", "no spread": "zero_spread"}.items()}
+    shown = {m: cells.get(m) for m in ("compose", "compose_heldout", "diversity", "vqa", "caption_three", "text_nll")}
+    return logged | shown | {"seconds": result["meta"]["seconds"].get("grpo")}
+
+
+def ablate(name, run, out, seeds=3, **flags):
+    """Train every variant of an ablation from the base of a run, with several seeds: a table, and out/NAME.csv and .png."""
     flags, out = SHORT | flags, Path(out)
-    config = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
-    same = {k: config[k] for k in ("preset", "device", "data", "data_dir", "width", "layers", "heads", "patch", "jitter", "clip_width")}
-    columns, rows, start = {}, {}, time.monotonic()
+    config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
+    flags |= {k: config[k] for k in ("preset", "device", "data", "data_dir", "width", "layers", "heads", "patch", "jitter", "clip_width")}
+    table, start = {}, time.monotonic()
     for i, (variant, change) in enumerate(ABLATIONS[name].items()):
-        values = defaultdict(list)
         for seed in range(seeds):
-            folder = out / f"{name}-{variant.replace(' ', '')}-{seed}"
-            result = trained(folder, base=base, seed=seed, **same, **flags, **change)
-            found = {k: last_of(folder, f"{c}_draw") for k, c in {"reward": "reward", "KL": "kl", "no spread": "zero_spread"}.items()}
-            cells = {m: c["value"] for group in result["aligned"].values() for m, c in group.items() if c}
-            found |= {m: cells.get(m) for m in ("compose", "compose_heldout", "diversity", "vqa", "text_nll")}
-            for k, v in (found | {"seconds": result["meta"]["seconds"].get("grpo")}).items():
-                values[k].append(v)
-        rows[variant] = {k: v for k, v in values.items() if None not in v}
-        columns |= dict.fromkeys(rows[variant])
+            default = trained(out / f"default-{seed}", base=run, seed=seed, **flags)  # it measures the base, once
+            folder = out / "-".join([*(f"{k}-{v}" for k, v in change.items()), str(seed)])
+            row = outcome(trained(folder, base=default, seed=seed, **flags, **change) if change else default)
+            for column, value in row.items():
+                table.setdefault(column, {}).setdefault(variant, []).append(value)
         left = (time.monotonic() - start) / (i + 1) * (len(ABLATIONS[name]) - i - 1)
-        print(f"{variant}: done; about {left / 60:.0f} minutes left", flush=True)
-    lines = [f"{name:18}" + "".join(f"{c:>18}" for c in columns)]
-    lines += [f"{variant:18}" + "".join(f"{over_seeds(row.get(c, [])):>18}" for c in columns) for variant, row in rows.items()]
-    ablation_figure(name, rows, out / f"{name}.png")
-    return "\n".join(lines)
+        print(f"{name} {variant}: done; about {left / 60:.0f} minutes left", flush=True)
+    table = {column: values for column, values in table.items() if not any(None in v for v in values.values())}
+    with (out / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("variant", "seed", *table), *((v, s, *(column[v][s] for column in table.values()))
+                                                                 for v in ABLATIONS[name] for s in range(seeds))])  # fmt: skip
+    ablation_figure(name, table, out / f"{name}.png")
+    lines = [f"{name:18}" + "".join(f"{column:>18}" for column in table)]
+    return "\n".join(lines + [f"{v:18}" + "".join(f"{over_seeds(column[v]):>18}" for column in table.values()) for v in ABLATIONS[name]])
 
 
-def ablation_figure(name, rows, path):
+def ablation_figure(name, table, path):
     """Reward, judge and diversity side by side: a reward that rises alone is being hacked."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
-    for ax, (column, title) in zip(axes, {"reward": "reward of drawings, last quarter", "compose": "judge: compose, T=1",
-                                          "diversity": "diversity, T=1", "text_nll": "text NLL (lower is better)"}.items()):  # fmt: skip
-        values = [row.get(column, [math.nan]) for row in rows.values()]
+    titles = {"reward": "reward of drawings, last quarter", "compose": "judge: compose, T=1", "compose_heldout": "judge: three objects",
+              "diversity": "diversity, T=1", "text_nll": "text NLL (lower is better)", "all": "held-out pairs in order"}  # fmt: skip
+    shown = [column for column in titles if column in table]
+    figure, axes = plt.subplots(1, len(shown), figsize=(3.4 * len(shown), 3.6), layout="constrained", squeeze=False)
+    for ax, column in zip(axes[0], shown):
+        values = list(table[column].values())
         ax.errorbar(range(len(values)), [np.mean(v) for v in values], [np.std(v) for v in values], fmt="o", capsize=3)
-        ax.set_xticks(range(len(values)), list(rows), rotation=30, fontsize=8)
-        ax.set_title(title, fontsize=10)
+        ax.set_xticks(range(len(values)), list(table[column]), rotation=30, fontsize=8)
+        ax.set_title(titles[column], fontsize=10)
     figure.suptitle(f"{name}: mean and standard deviation over seeds")
     figure.savefig(path, dpi=90)
     plt.close(figure)
@@ -756,6 +781,7 @@ def main(argv=None):
             clip = load_clip(args.run, "clip_report", vocab, config, device)
             source, judge = judges(config)[0]
             result = evaluate(models, vocab, codebook, source, judge, clip, config["eval_items"], config["seed"], config["eval_prompts"])
+            del result["items"]
         if args.json:
             try:
                 Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")

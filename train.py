@@ -134,6 +134,7 @@ class Config:
     clip_lr: float = 3e-3  # peak learning rate
     reward: str = "rule"  # what pictures and captions are rewarded by: rule (the CLIP score), learned (the preference model), mix
     preference_steps: int = 500  # for the preference model
+    pair_limit: int = 0  # preference pairs to learn from in all, again and again; 0 means new ones at every step
     pairs: int = 32  # preference pairs a step, half of them made, half sampled from the base and ranked by the CLIP score
     # GRPO
     grpo_steps: int = 120  # steps: each samples, rewards, scores and learns
@@ -229,6 +230,9 @@ def make_config(**given):
         (c.seed >= 0, "seed", "0 or more"),
         (c.threads >= 0, "threads", "0 or more"),
         (c.extra_steps >= 0, "extra_steps", "0 or more"),
+        (c.pairs >= 2, "pairs", "2 or more"),
+        (c.preference_steps > 0, "preference_steps", "more than 0"),
+        (c.pair_limit >= 0, "pair_limit", "0 or more"),
         (c.fitting_steps >= 0, "fitting_steps", "0 or more"),
         (set(c.data.split(",")) <= set(SOURCES), "data", f"names from {', '.join(SOURCES)}, comma-separated"),
         (c.stage == "all" or set(c.stage.split(",")) <= set(stages), "stage", f"all, or names from {', '.join(stages)}"),
@@ -650,7 +654,7 @@ class Trainer:
         ranked = self.ranked_samples()
 
         def losses(step):
-            rng = self.rng("preference", step)
+            rng = self.rng("preference", step % math.ceil(c.pair_limit / c.pairs) if c.pair_limit else step)
             source = rng.choice(self.sources)
             own = rng.sample(ranked, min(c.pairs // 2, len(ranked)))
             pairs = own + make_pairs(source, rng, c.pairs - len(own))
@@ -764,6 +768,8 @@ class Trainer:
 
         self.optimise(stage, policy, c.grpo_steps, c.grpo_lr, losses, self.watcher())
         save_atomically(policy.state_dict(), self.folder / "aligned.safetensors")
+        for warning in health(self.folder):
+            print(f"health: {warning}")
 
     def advantages(self, r, parts, weights):
         """(N,) advantages of a rollout by --advantage and --scale."""
@@ -811,12 +817,12 @@ class Trainer:
         c, start = self.config, time.perf_counter()
         models = {name: self.policy(name).eval() for name in ("base", "aligned")}
         clip = evaluation.load_clip(self.folder, "clip_report", self.vocab, vars(c), self.device)
-        results = {}
+        results, items, known = {}, {}, self.base_results()
         for source, judge in evaluation.judges(vars(c), self.sources):
-            rewards = self.rewards() if c.method == "best" else None
             result = evaluation.evaluate(
-                models, self.vocab, self.codebook, source, judge, clip, c.eval_items, c.seed, c.eval_prompts, rewards=rewards)  # fmt: skip
-            results[source.name] = result
+                models, self.vocab, self.codebook, source, judge, clip, c.eval_items, c.seed, c.eval_prompts,
+                rewards=self.rewards() if c.method == "best" else None, known=known.get(source.name))  # fmt: skip
+            results[source.name], items[source.name] = result, result.pop("items")
             print(f"\n{source.name}\n{evaluation.table(result)}")
         before, after = (self.draw_samples(model, name) for name, model in models.items())
         both = [(prompt, np.concatenate((a[:4], b[:4])), [*x[:4], *y[:4]]) for (prompt, a, x), (_, b, y) in zip(before, after)]
@@ -829,9 +835,20 @@ class Trainer:
         seconds = stage_seconds(self.folder) | {"eval": round(time.perf_counter() - start, 1)}
         used = (ledger(Path(c.base)) if c.base else {}) | ledger(self.folder)
         used = {stage: used[stage] for stage in ("pretrain", "clip", "clip_report", "preference", LAST[c.method]) if stage in used}
-        meta = describe(c) | {"seconds": seconds, "ledger": used, "device": self.reason, **self.memory()}
+        meta = describe(c) | {"seconds": seconds, "ledger": used, "device": self.reason, "health": health(self.folder), **self.memory()}
         out = first | {"sources": results, "meta": meta} if len(results) > 1 else first | {"meta": meta}
+        (self.folder / "items.json").write_text(json.dumps(items), encoding="utf-8")
         write_json(self.folder / "eval.json", out)
+
+    def base_results(self):
+        """What the run of --base measured, by source, if it measured the same base on the same scenes; else {}."""
+        c, files = self.config, [Path(self.config.base) / name for name in ("eval.json", "items.json", "base.safetensors")]
+        if not c.base or not all(f.is_file() for f in files):
+            return {}
+        stored, items = (json.loads(f.read_text(encoding="utf-8")) for f in files[:2])
+        same = all(stored["meta"]["config"][k] == getattr(c, k) for k in ("data", "seed", "eval_items", "eval_prompts"))
+        same = same and files[2].read_bytes() == (self.folder / "base.safetensors").read_bytes()
+        return {name: stored.get("sources", {name: stored})[name] | {"items": found} for name, found in items.items()} if same else {}
 
     def run(self):
         """Every stage whose result is not there yet, in order."""
@@ -931,6 +948,29 @@ def stage_seconds(folder):
         for r in csv.DictReader((folder / "timing.csv").open(encoding="utf-8")):
             seconds[r["stage"]] = seconds.get(r["stage"], 0.0) + float(r["seconds"])
     return {k: round(v, 1) for k, v in seconds.items()}
+
+
+def health(folder):
+    """What should worry a reader of an aligned run, by its metrics.csv: a list of sentences, empty when all is well."""
+    path, found = folder / "metrics.csv", []
+    log = [r for r in csv.DictReader(path.open(encoding="utf-8")) if r.get("reward_draw")] if path.exists() else []
+
+    def ends(column, share):
+        """Means of the first and of the last share of a column's values."""
+        values = [float(r[column]) for r in log if r.get(column)]
+        n = max(1, round(share * len(values)))
+        return (np.mean(values[:n]), np.mean(values[-n:])) if values else (math.nan, math.nan)
+
+    (reward, rewarded), (before, after), (varied, left) = ends("reward_draw", 0.1), ends("val_compose", 0.01), ends("val_diversity", 0.01)
+    rises = f"the reward of drawings rose from {reward:.2f} to {rewarded:.2f}"
+    if rewarded > reward and after < before - 0.1:
+        found.append(f"{rises} while the judge's score fell from {before:.2f} to {after:.2f}: the reward is being hacked")
+    if rewarded > reward and left < 0.6 * varied:
+        found.append(f"{rises} while the share of distinct pictures fell from {varied:.2f} to {left:.2f}: the policy collapses")
+    for task in GRPO_TASKS:
+        if (idle := ends(f"zero_spread_{task}", 0.25)[1]) > 0.9:
+            found.append(f"{idle:.0%} of the last groups to {task} have no spread: nothing is left to learn there, or nothing succeeds")
+    return found
 
 
 def ledger(folder):

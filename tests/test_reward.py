@@ -198,7 +198,7 @@ def test_no_reward_carries_a_gradient(clip, vocab, pictures):
 # ---------------------------------------------------------------- preferences
 
 
-EDITS = {"color", "shape", "size", "position", "relation", "swap", "drop", "add"}
+EDITS = {"color", "shape", "size", "position", "relation", "swap", "drop", "add"}  # and of scenes: twice
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def test_a_pair_shares_what_is_judged_and_the_better_is_true_and_the_worse_false
 def test_both_directions_come_equally_often_and_with_every_kind_of_edit(clean_pairs):
     for direction in ("caption", "draw"):
         some = [p for p in clean_pairs if p.direction == direction]
-        assert len(some) == 300 and {p.kind for p in some} == EDITS
+        assert len(some) == 300 and {p.kind for p in some} == EDITS | ({"twice"} if direction == "draw" else set())
 
 
 @pytest.mark.parametrize("pool", ["paired", "three"])
@@ -275,16 +275,16 @@ def test_a_scene_edit_changes_the_scene_by_what_its_kind_says():
         for kind, edited in scene_edits(scene):
             seen.add(kind)
             cells = [{(o.row, o.column) for o in s} for s in (scene, edited)]
-            assert len(cells[1]) == len(edited) == len({o.kind for o in edited})
-            assert len(edited) == len(scene) + {"add": 1, "drop": -1}.get(kind, 0)
-            if kind in ("add", "drop"):
+            assert len(cells[1]) == len(edited) == len({o.kind for o in edited}) + (kind == "twice")
+            assert len(edited) == len(scene) + {"add": 1, "twice": 1, "drop": -1}.get(kind, 0)
+            if kind in ("add", "twice", "drop"):
                 assert len(set(scene) & set(edited)) == min(len(scene), len(edited))
                 continue
             changed = {name for a, b in zip(scene, edited) for name in Object._fields if getattr(a, name) != getattr(b, name)}
             assert changed <= ({"row", "column"} if kind in ("position", "relation") else {"color"} if kind == "swap" else {kind})
             assert changed and (kind == "position") == (cells[0] != cells[1])
             assert sum(a != b for a, b in zip(scene, edited)) == (2 if kind in ("relation", "swap") else 1)
-    assert seen == EDITS
+    assert seen == EDITS | {"twice"}
 
 
 def test_noisy_captions_make_some_labels_wrong_and_the_pair_says_so():
@@ -363,7 +363,7 @@ def test_pair_accuracy_counts_each_kind_and_direction_and_a_tie_as_half(vocab, c
 
     some, found = clean_pairs[:200], pair_accuracy(LikesRed(vocab.n_text), vocab, clean_pairs[:200])
     value = [0.5 + 0.5 * (("red" in p.better[1]) - ("red" in p.worse[1])) for p in some]
-    assert set(found) == {"all", "caption", "draw", *EDITS, *(f"{p.direction} {p.kind}" for p in some)}
+    assert set(found) == {"all", "caption", "draw", "twice", *EDITS, *(f"{p.direction} {p.kind}" for p in some)}
     assert found["all"] == pytest.approx(np.mean(value)) and found["draw"] == 0.5 == found["caption shape"]
     swapped = [p._replace(better=p.worse, worse=p.better) for p in some]
     assert pair_accuracy(LikesRed(vocab.n_text), vocab, swapped)["caption"] == pytest.approx(1 - found["caption"])

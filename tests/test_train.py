@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import eval as evaluation
+import reward
 import train
 from data import HELDOUT_PAIRS, IMAGE, PAD, PROMPT_PAIRS, SPECIAL, pairs_of, parse_caption
 from grpo import combine_rewards, group_advantages, pairwise_advantages
@@ -186,7 +187,7 @@ def test_the_run_leaves_the_files_of_the_design(smoke):
     assert there == {
         "config.json", "tokenizer.json", "words.json", "codebook.safetensors", "base.safetensors", "clip.safetensors",
         "clip_report.safetensors", "aligned.safetensors", "reward_validity.json", "metrics.csv", "timing.csv", "curves.png", "eval.json",
-        "samples.gif", "samples/base.png", "samples/aligned.png", "samples/before_after.png",
+        "items.json", "samples.gif", "samples/base.png", "samples/aligned.png", "samples/before_after.png",
         "samples/grpo_0000.png", "samples/grpo_0004.png"}  # fmt: skip
     for picture in (name for name in there if name.endswith(("png", "gif"))):
         with Image.open(smoke / picture) as image:
@@ -669,3 +670,58 @@ def test_the_preference_stage_learns_a_reward_that_alignment_can_mix_with_the_cl
     found = json.loads((folder / "preference_validity.json").read_text())
     assert 0 <= found["synthetic"]["accuracy"]["all"] <= 1 and found["synthetic"]["calibration"] and "drawings" in found
     assert train.ledger(folder)["preference"]["pairs"] == 3 * 32
+
+
+def test_a_limit_of_pairs_repeats_the_same_ones(trainer, smoke, monkeypatch):
+    for name in ("base", "clip"):
+        shutil.copy(smoke / f"{name}.safetensors", trainer.folder)
+    seen = []
+
+    def noted(source, rng, n, **options):
+        seen.append(rng.random())
+        return reward.make_pairs(source, rng, n, **options)
+
+    monkeypatch.setattr(train, "make_pairs", noted)
+    trainer.config = dataclasses.replace(trainer.config, pair_limit=60, preference_steps=5)
+    trainer.preference_stage()
+    a, b, *rest = seen[:5]
+    assert a != b and rest == [a, b, a]  # 32 pairs a step: two steps hold 60
+
+
+# ---------------------------------------------------------------- health
+
+
+@pytest.mark.parametrize("reward_end, compose_end, diversity_end, spread, words", [
+    (-1.0, 0.55, 0.6, 0.2, []),
+    (-1.0, 0.30, 0.6, 0.2, ["is being hacked"]),
+    (-1.0, 0.55, 0.2, 0.2, ["the policy collapses"]),
+    (-3.0, 0.30, 0.2, 0.2, []),  # all of it worse: no reward is being followed
+    (-1.0, 0.55, 0.6, 0.95, ["95% of the last groups to ask"]),
+])  # fmt: skip
+def test_a_run_is_warned_of_when_its_reward_rises_alone(tmp_path, reward_end, compose_end, diversity_end, spread, words):
+    lines = ["stage,step,reward_draw,val_compose,val_diversity,zero_spread_ask", "pretrain,0,,,,"]
+    for step in range(10):
+        part, watched = step / 9, step in (0, 9)
+        values = (-2.0 + part * (reward_end + 2.0), 0.5 + part * (compose_end - 0.5), 0.6 + part * (diversity_end - 0.6))
+        lines.append(f"grpo,{step},{values[0]},{values[1] if watched else ''},{values[2] if watched else ''},{spread}")
+    (tmp_path / "metrics.csv").write_text("\n".join(lines) + "\n")
+    found = train.health(tmp_path)
+    assert len(found) == len(words) and all(w in f for w, f in zip(words, found))
+
+
+def test_a_run_without_alignment_has_nothing_to_warn_of(tmp_path):
+    assert train.health(tmp_path) == []
+
+
+def test_what_the_base_run_measured_is_taken_over_if_it_is_the_same(smoke, tmp_path, handlers):
+    flags = "--preset smoke --device cpu --method unified --extra-steps 2 --grpo-steps 2"
+    folder = train.main(parse_flags([*flags.split(), "--base", str(smoke), "--out", str(tmp_path / "more")]))
+    ours, theirs = (json.loads((f / "eval.json").read_text()) for f in (folder, smoke))
+    assert ours["base"] == theirs["base"] and ours["sweep"]["base"] == theirs["sweep"]["base"] and ours["aligned"] != theirs["aligned"]
+    items, other = (json.loads((f / "items.json").read_text())["synthetic"] for f in (folder, smoke))
+    assert items["base"] == other["base"] and len(items["aligned"]["vqa"]) == 64
+    assert np.mean(items["aligned"]["vqa"]) == pytest.approx(ours["aligned"]["understanding"]["vqa"]["value"], abs=1e-4)
+    trainer = Trainer(make_config(**TINY, base=str(smoke), out=str(folder)))
+    assert set(trainer.base_results()) == {"synthetic"}
+    trainer.config.seed = 1
+    assert trainer.base_results() == {}  # other scenes

@@ -1,0 +1,170 @@
+"""The paper's claims, measured again: every method from the same base, seed by seed; `make reproduce`.
+
+A run that is finished stays as it is, so an interrupted reproduction goes on where it was. Writes claims.json, claims.md
+and claims.png beside this file, after every seed from what is there.
+
+  interval of a difference: paired bootstrap; seeds are drawn with replacement, then the test items of each
+  verdict: replicated = interval above 0 and mean at least what is claimed; direction only = interval above 0, mean below
+           that; not replicated = interval below what is claimed; else inconclusive
+
+    $ python results/reproduce.py --out runs/reproduce --seeds 5
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from eval import numbers, trained  # noqa: E402
+from model import pick_device  # noqa: E402
+
+CLAIMS = {  # primary metric, chosen before any run: (what the paper says, the least difference that it claims)
+    "vqa": ("understanding: 3 to 5 points over the baselines", 0.03),
+    "clip_score": ("generation: a better CLIP score", 0.0),
+    "compose": ("generation: strong controllability", 0.0),
+    "multihop_three": ("reasoning: 5 to 8 points over the baselines", 0.05),
+}
+BASELINES, CONTROLS = ("unified", "clip", "beit"), ("labels", "reject", "dpo", "best")
+MINUTES = {"lvrpo": 4.5, "unified": 2.5, "clip": 2.5, "beit": 2.5, "labels": 2.5, "reject": 2.0, "dpo": 2.0, "best": 1.5}  # on two cores
+CLAIM_FLAGS = {"cpu": {"pretrain_steps": 600, "clip_steps": 300, "grpo_steps": 60, "eval_items": 512, "eval_prompts": 24}}  # fewer steps
+
+
+def paired_bootstrap(outcomes, draws=1000):
+    """Mean over seeds and its 95% interval. outcomes: one array of items a seed (differences, when two methods are paired);
+    seeds are drawn with replacement, then the items of each. With few seeds the interval is somewhat too narrow."""
+    rng, outcomes = np.random.default_rng(0), [np.asarray(o, float) for o in outcomes]
+    again = lambda o: rng.choice(o, len(o)).mean()  # noqa: E731
+    means = [np.mean([again(outcomes[s]) for s in rng.integers(len(outcomes), size=len(outcomes))]) for _ in range(draws)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return {"mean": round(float(np.mean([o.mean() for o in outcomes])), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+
+
+def verdict(mean, low, high, least):
+    """Does the interval of a difference support a claim of at least `least`?
+
+    >>> verdict(0.06, 0.02, 0.10, 0.05), verdict(0.03, 0.01, 0.05, 0.05), verdict(0.01, -0.02, 0.04, 0.05), verdict(0.01, -0.02, 0.06, 0.05)
+    ('replicated', 'direction only', 'not replicated', 'inconclusive')
+    """
+    if low > 0:
+        return "replicated" if mean >= least else "direction only"
+    return "not replicated" if high < least else "inconclusive"
+
+
+def claims(out, results):
+    """Judge every claim by the finished runs out/METHOD-SEED: claims.json, claims.md and claims.png in `results`."""
+    runs, items = defaultdict(dict), defaultdict(dict)
+    for path in sorted(Path(out).glob("*/eval.json")):
+        result, found = json.loads(path.read_text(encoding="utf-8")), json.loads((path.parent / "items.json").read_text(encoding="utf-8"))
+        found = found[next(iter(found))]  # of the first data set
+        for method, model in ((result["meta"]["method"], "aligned"), *([("base", "base")] if result["meta"]["method"] == "lvrpo" else [])):
+            runs[method][result["meta"]["seed"]] = result | {"model": model}
+            items[method][result["meta"]["seed"]] = found[model]
+    order = sorted(runs, key=("lvrpo", "base", *BASELINES, *CONTROLS).index)
+    methods, rows = {m: {} for m in order}, []
+    for method in order:
+        flat = {s: numbers(r, r["model"]) for s, r in runs[method].items()}
+        for metric in next(iter(flat.values())):
+            values = [v[metric] for v in flat.values() if metric != "front" and v[metric] is not None]
+            outcomes = [o[metric] for o in items[method].values() if metric in o] or [[v] for v in values]
+            if values:
+                methods[method][metric] = paired_bootstrap(outcomes) | {"seeds": values}
+    for metric, (claim, least) in CLAIMS.items():
+        for other in order[1:]:
+            pairs = [np.subtract(items["lvrpo"][s][metric], items[other][s][metric]) for s in items[other] if s in items["lvrpo"]]
+            d = paired_bootstrap(pairs)
+            judged = verdict(d["mean"], d["low"], d["high"], least if other in BASELINES else 0.0)
+            row = {"claim": claim, "metric": metric, "against": other, "difference": d["mean"], "low": d["low"], "high": d["high"]}
+            rows.append(row | {"verdict": judged, "seeds": len(pairs)})
+    kinds = ("labels", "pairs", "tokens", "operations", "seconds")
+    spent = lambda r: [u for stage, u in r["meta"]["ledger"].items() if stage not in ("pretrain", "clip_report")]  # noqa: E731
+    ledger = {m: {k: float(np.mean([sum(u[k] for u in spent(r)) for r in by_seed.values()])) for k in kinds}
+              for m, by_seed in runs.items() if m != "base"}  # fmt: skip
+    first = next(iter(runs["lvrpo"].values()))["meta"]
+    meta = {k: first[k] for k in ("preset", "data", "commit", "machine", "versions", "noise", "config")}
+    meta |= {"command": "make reproduce", "primary": {m: {"claim": c, "least": x} for m, (c, x) in CLAIMS.items()}}
+    Path(results).mkdir(parents=True, exist_ok=True)
+    done = {"methods": methods, "claims": rows, "ledger": ledger, "meta": meta}
+    (Path(results) / "claims.json").write_text(json.dumps(done, indent=1), encoding="utf-8")
+    (Path(results) / "claims.md").write_text(claims_table(done), encoding="utf-8")
+    claims_figure(rows, Path(results) / "claims.png")
+    return done
+
+
+def claims_table(done):
+    """claims.json as Markdown: the verdicts, the methods, the ledger."""
+    shown = ("vqa", "vqa_three", "retrieval_i2t_r1", "retrieval_t2i_r1", "caption", "caption_three", "compose", "compose @ best T",
+             "diversity", "compose_heldout", "clip_score", "frechet", "multihop", "multihop_three", "text_nll")  # fmt: skip
+    lines = ["| claim | metric | lvrpo minus | difference | 95% interval | verdict |", "|---|---|---|---|---|---|"]
+    for r in done["claims"]:
+        cells = (f"`{r['metric']}`", f"{r['against']} (n={r['seeds']})", f"{r['difference']:+.3f}", f"{r['low']:+.3f} to {r['high']:+.3f}")
+        lines.append(f"| {r['claim']} | {' | '.join(cells)} | {r['verdict']} |")
+    methods = done["methods"]
+    lines += ["", "| | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    for metric in shown:
+        cells = ["{mean:.3f} [{low:.3f}, {high:.3f}]".format(**m[metric]) if metric in m else "-" for m in methods.values()]
+        lines.append(f"| `{metric}` | {' | '.join(cells)} |")
+    kinds = next(iter(done["ledger"].values()))
+    lines += ["", "| after the base, a seed | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+    for method, used in done["ledger"].items():
+        lines.append(f"| {method} | " + " | ".join(f"{v:,.0f}" if v < 1e9 else f"{v:.2e}" for v in used.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def claims_figure(rows, path):
+    """One panel a primary metric: LVRPO's difference to every other method with its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(CLAIMS), figsize=(14, 3.4), layout="constrained")
+    for ax, (metric, (_, least)) in zip(axes, CLAIMS.items()):
+        some = [r for r in rows if r["metric"] == metric][::-1]
+        for y, r in enumerate(some):
+            ax.plot([r["low"], r["high"]], [y, y], color="C0")
+            ax.plot(r["difference"], y, "o", color="C0")
+        ax.axvline(0, color="black", lw=0.8)
+        ax.axvline(least, color="C1", ls="--", lw=0.8)
+        ax.set_yticks(range(len(some)), [f"{r['against']} (n={r['seeds']})" for r in some])
+        ax.set_title(metric)
+    figure.suptitle("LVRPO minus each other method, 95% interval; dashed: the least that the paper claims over its baselines")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def reproduce(out, results, preset, seeds=5, control_seeds=3, **flags):
+    """Train and measure every method, seed by seed, one run after the other; judge the claims after each seed."""
+    plan = [(s, m) for s in range(seeds) for m in ("lvrpo", *BASELINES, *(CONTROLS if s < control_seeds else ()))]
+    total, done, start = sum(MINUTES[m] for _, m in plan), 0.0, time.monotonic()
+    print(f"{len(plan)} runs; about {total:.0f} minutes with the cpu preset on two cores. Finished runs are kept: start again to go on.")
+    for i, (seed, method) in enumerate(plan):
+        base = {} if method == "lvrpo" else {"base": Path(out) / f"lvrpo-{seed}"}
+        trained(Path(out) / f"{method}-{seed}", preset=preset, method=method, seed=seed, **base, **CLAIM_FLAGS.get(preset, {}), **flags)
+        done, spent = done + MINUTES[method], (time.monotonic() - start) / 60
+        left = spent / done * (total - done)
+        print(f"{i + 1} of {len(plan)}: {method}, seed {seed}, after {spent:.0f} minutes; about {left:.0f} left", flush=True)
+        if i + 1 == len(plan) or plan[i + 1][0] != seed:
+            text = claims_table(claims(out, results))
+    return text
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default="runs/reproduce", help="where the runs are kept [runs/reproduce]")
+    parser.add_argument("--results", default=str(Path(__file__).parent), help="where claims.json goes [beside this file]")
+    parser.add_argument("--preset", choices=("auto", "smoke", "cpu", "gpu"), default="auto", help="as in train.py [auto]")
+    parser.add_argument("--device", default="auto", help="as in train.py [auto]")
+    parser.add_argument("--seeds", type=int, default=5, help="of lvrpo and the baselines [5]")
+    parser.add_argument("--control-seeds", type=int, default=3, help="of the controls [3]")
+    args = parser.parse_args()
+    preset = args.preset if args.preset != "auto" else "gpu" if pick_device(args.device)[0].type == "cuda" else "cpu"
+    print(reproduce(args.out, args.results, preset, args.seeds, args.control_seeds, device=args.device))
+
+
+if __name__ == "__main__":
+    main()
