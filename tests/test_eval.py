@@ -492,3 +492,40 @@ def test_what_cannot_be_done_is_one_line_and_exit_status_2(smoke, tmp_path, comm
     assert done.status == 2 and done.out == "" and done.err.startswith("eval.py: ") and done.err.count("\n") == 1
     assert re.search(message, done.err), done.err
     assert not any(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- ablations
+
+
+def test_an_ablation_trains_its_variants_from_one_base_and_shares_the_default(tmp_path, monkeypatch):
+    started = {}
+
+    def instead(out, **flags):
+        started.setdefault(out.name, flags)
+        cell = lambda v: {"value": v}  # noqa: E731
+        cells = {m: cell(0.5) for m in ("compose", "diversity", "vqa", "text_nll")}
+        result = {"aligned": {"all": cells}, "meta": {"seconds": {"grpo": 1.0}}}
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "eval.json").write_text(json.dumps(result))
+        kl = flags.get("kl_coef", 0.02)
+        (out / "metrics.csv").write_text("stage,reward_draw,kl_draw\n" + "".join(f"grpo,{-1 - kl - s / 10},{kl + s}\n" for s in range(8)))
+        return out
+
+    monkeypatch.setattr(evaluation, "trained", instead)
+    config = dict.fromkeys(("preset", "device", "data", "data_dir", "width", "layers", "heads", "patch", "jitter", "clip_width"), 1)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = evaluation.ablate("kl", tmp_path, tmp_path / "out", seeds=2, jobs=2)
+    assert len(started) == 2 + 4 * 2 and started["default-0"]["base"] == tmp_path
+    assert started["kl_coef-0.2-1"]["base"] == tmp_path / "out" / "default-1" and started["kl_coef-0.2-1"]["seed"] == 1
+    lines = (tmp_path / "out" / "kl.csv").read_text().splitlines()
+    assert len(lines) == 1 + 5 * 2 and lines[0].startswith("variant,seed,reward,KL,compose") and "no spread" not in lines[0]
+    assert lines[-1].split(",")[:2] == ["0.2", "1"] and float(lines[-1].split(",")[3]) == pytest.approx(0.2 + 6.5)  # the last quarter
+    assert "0.02" in text and (tmp_path / "out" / "kl.png").stat().st_size > 1000
+
+
+def test_the_variants_of_an_ablation_are_what_their_names_say():
+    for name, change in evaluation.ABLATIONS["group"].items():
+        flags = {"group_size": 8, "prompts": 16} | change
+        assert name == f"{flags['group_size']} x {flags['prompts']} prompts"
+    for name, change in evaluation.ABLATIONS["kl"].items():
+        assert float(name) == change.get("kl_coef", 0.02)

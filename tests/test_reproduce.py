@@ -3,6 +3,8 @@
 import doctest
 import importlib.util
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -44,9 +46,10 @@ def pretend_run(folder, method, seed, right, base=0.25):
     result = {"base": cells, "aligned": cells, "sweep": {"base": sweep, "aligned": sweep}, "meta": meta}
     result["best_temperature"] = {"base": 0.1, "aligned": 0.1}
     folder.mkdir(parents=True)
-    (folder / "eval.json").write_text(json.dumps(result))
     items = {"base": dict.fromkeys(metrics, some(base)), "aligned": dict.fromkeys(metrics, some(right))}
     (folder / "items.json").write_text(json.dumps({"synthetic": items}))
+    (folder / "eval.tmp").write_text(json.dumps(result))
+    (folder / "eval.tmp").rename(folder / "eval.json")  # last and whole, as train.py does
 
 
 def test_claims_are_judged_by_paired_items_of_the_runs_that_are_there(tmp_path):
@@ -63,3 +66,30 @@ def test_claims_are_judged_by_paired_items_of_the_runs_that_are_there(tmp_path):
     assert done["ledger"]["lvrpo"] == dict.fromkeys(("labels", "pairs", "tokens", "operations", "seconds"), 4.0)  # without the base
     table = (tmp_path / "results" / "claims.md").read_text()
     assert "| `vqa` | clip (n=2) | -0.100 |" in table and (tmp_path / "results" / "claims.png").stat().st_size > 1000
+
+
+def test_every_method_is_trained_from_the_base_of_its_seed(tmp_path, monkeypatch):
+    started = []
+
+    def instead(out, method, seed, **flags):
+        started.append((out.name, str(flags.get("base", "")), flags["threads"]))
+        pretend_run(out, method, seed, 0.5)
+
+    monkeypatch.setattr(reproduce, "trained", instead)
+    monkeypatch.setattr(reproduce.os, "cpu_count", lambda: 2)
+    text = reproduce.reproduce(tmp_path / "runs", tmp_path, "cpu", seeds=2, control_seeds=1, jobs=2)
+    assert len(started) == 12 and {threads for *_, threads in started} == {1}
+    assert {name: base for name, base, _ in started}["dpo-0"] == str(tmp_path / "runs" / "lvrpo-0") and "dpo (n=1)" in text
+    assert [name for name, *_ in started if name.endswith("1")] == ["lvrpo-1", "unified-1", "clip-1", "beit-1"]
+
+
+@pytest.mark.slow
+def test_the_whole_reproduction_runs_tiny(tmp_path):
+    command = [sys.executable, str(ROOT / "results" / "reproduce.py"), "--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    flags = "--preset smoke --device cpu --seeds 1 --control-seeds 1 --jobs 2".split()
+    for _ in range(2):  # the second time finds everything there
+        done = subprocess.run(command + flags, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "claims.json").read_text())
+    assert len(found["methods"]) == 9 and len(found["claims"]) == 4 * 8 and "train.py" not in done.stdout
+    assert all(used["seconds"] > 0 for m, used in found["ledger"].items() if m != "best")
