@@ -61,9 +61,10 @@ from data import (
     related,
     shape_mask,
 )
-from kernels import selected_logprobs
+from grpo import rollout, rollout_loss
+from kernels import fused_linear_grpo_loss, selected_logprobs
 from model import Codebook, ModelConfig, Transformer, completion_mask, completion_states, pick_device, sample
-from reward import CLIP, clip_score, exact_match
+from reward import CLIP, Rewards, clip_score, exact_match
 
 # ---------------------------------------------------------------- the judge: picture -> objects -> is the prompt true?
 
@@ -714,6 +715,37 @@ def ablation_figure(name, table, path):
     plt.close(figure)
 
 
+def gradient_noise(run, groups=(2, 4, 8, 16), samples=128, repeats=8):
+    """Why a group: {(group size, baseline): (variance of the policy gradient, squared length of its mean)}, of drawings by the
+    base of a run. The same candidates are weighed by reward, reward minus batch mean, and reward minus group mean."""
+    config, codebook, vocab = load_run(run)
+    model, source = load_model(run, vocab, codebook, config, "base"), judges(config)[0][0]
+    rewards, found = Rewards(load_clip(run, "clip", vocab, config), vocab), {}
+    for group in groups:
+        gradients = defaultdict(list)
+        for k in range(repeats):
+            rng = random.Random(f"noise/{group}/{k}")
+            examples = [source.example(rng, "draw", source.prompt_pool(rng, "draw")) for _ in range(samples // group)]
+            batch = vocab.batch(examples, codebook.encode(np.stack([e.picture for e in examples])))
+
+            def reward(filled, tokens):
+                parts = rewards(source, "draw", examples, np.stack(decode(vocab, codebook, "draw", filled, tokens)), rng)
+                return rewards.total(parts), parts
+
+            r = rollout(model, batch, group, reward, vocab, torch.Generator().manual_seed(k), task="draw")
+            for baseline, mean in {"none": 0.0, "batch": r.rewards.mean(), "group": r.rewards.mean(1, keepdim=True)}.items():
+                model.zero_grad()
+                loss, _ = rollout_loss(model, model, r, fused_linear_grpo_loss, advantages=(r.rewards - mean).flatten(), kl_coef=0.0)
+                loss.backward()
+                gradients[baseline].append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        for baseline, some in gradients.items():
+            every = torch.stack(some)
+            noise = float((every - every.mean(0)).square().sum(1).sum() / (repeats - 1))
+            signal = float(every.mean(0).square().sum()) - noise / repeats  # without what noise adds to a mean of a few
+            found[group, baseline] = noise, max(signal, 0.0)
+    return found
+
+
 # ---------------------------------------------------------------- the command line
 
 
@@ -750,7 +782,7 @@ def main(argv=None):
     parser.add_argument("--compare", nargs="+", metavar="DIR", help="run directories: methods side by side, over seeds")
     parser.add_argument("--ablate", choices=tuple(ABLATIONS), help="train variants from the base of --run; table and figure in runs/ablate")
     parser.add_argument("--seeds", type=int, default=3, help="of --ablate [3]")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time in --ablate; on two cores 2 is 1.6 times as fast as 1 [1]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time in --ablate, each with its share of the cores [1]")
     parser.add_argument("--json", metavar="FILE", help="write the numbers of --run there")
     parser.add_argument("--draw", metavar="PROMPT", help="draw this")
     parser.add_argument("--out", metavar="FILE", default="picture.png", help="where --draw saves [picture.png]")
@@ -769,7 +801,12 @@ def main(argv=None):
     device = pick_device(args.device)[0]
     if args.ablate:
         load_run(args.run)
-        return print(ablate(args.ablate, args.run, "runs/ablate", args.seeds, args.jobs))
+        print(ablate(args.ablate, args.run, "runs/ablate", args.seeds, args.jobs))
+        if args.ablate == "group":
+            print("\ngradient of 128 drawings, by the mean that is taken off their rewards")
+            for (group, baseline), (noise, signal) in gradient_noise(args.run).items():
+                print(f"group size {group:2}, {baseline:6} variance {noise:.4f}, squared mean {signal:.4f}")
+        return None
     if args.draw is not None:
         draw(args.run, args.draw, args.out, args.model, args.temperature, args.guidance, args.seed, device)
         print(f"{args.out}: {args.draw}")

@@ -903,22 +903,24 @@ def curves(folder):
     if not (folder / "metrics.csv").exists():
         return  # nothing was learned here
     rows = list(csv.DictReader((folder / "metrics.csv").open(encoding="utf-8")))
+    sampling = ("grpo", "reject", "dpo")
     panels = {  # title: (stages, columns by prefix)
-        "next-token loss": (("pretrain", *MORE_STAGES), ("nll",)),
-        "CLIP: own caption ranked first": (("clip", "clip_report"), ("r1",)),
-        "reward (mean of a step)": (("grpo",), ("reward_",)),
-        "judge and diversity, validation prompts": (("grpo",), ("val_",)),
-        "groups without any spread": (("grpo",), ("zero_spread_",)),
-        "exact KL to the base, nats a token": (("grpo",), ("kl_",)),
-        "entropy, nats a token": (("grpo",), ("entropy_",)),
-        "gradient norm by task": (("grpo",), ("grad_",)),
-        "ratios outside the clip range": (("grpo",), ("clip_low_", "clip_high_")),
+        "next-token loss": (("pretrain", *MORE_STAGES), ("loss",)),
+        "rewards: own caption first, pairs in order": (("clip", "clip_report", "preference"), ("r1", "accuracy")),
+        "reward (mean of a step)": (sampling, ("reward_",)),
+        "judge and diversity, validation prompts": (sampling, ("val_",)),
+        "groups without any spread": (sampling, ("zero_spread_",)),
+        "exact KL to the base, nats a token": (sampling, ("kl_",)),
+        "entropy, nats a token": (sampling, ("entropy_",)),
+        "gradient norm by task": (sampling, ("grad_",)),
+        "ratios outside the clip range": (sampling, ("clip_low_", "clip_high_")),
     }
     figure, axes = plt.subplots(3, 3, figsize=(15, 10), layout="constrained")
     for ax, (title, (stages, prefixes)) in zip(axes.flat, panels.items()):
+        stages = [stage for stage in stages if any(r["stage"] == stage for r in rows)]
         for stage in stages:
             there = [r for r in rows if r["stage"] == stage]
-            for column in [k for k in (there[0] if there else ()) if k.startswith(prefixes) and k != "grad_norm"]:
+            for column in [k for k in there[0] if k.startswith(prefixes) and k != "grad_norm"]:
                 points = [(int(r["step"]), float(r[column])) for r in there if r[column]]
                 if points:
                     x, y = zip(*points)

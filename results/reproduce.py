@@ -174,7 +174,7 @@ def main():
     parser.add_argument("--device", default="auto", help="as in train.py [auto]")
     parser.add_argument("--seeds", type=int, default=5, help="of lvrpo and the baselines [5]")
     parser.add_argument("--control-seeds", type=int, default=3, help="of the controls [3]")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time; on two cores 2 is 1.6 times as fast as 1 [1]")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, each with its share of the cores [1]")
     args = parser.parse_args()
     preset = args.preset if args.preset != "auto" else "gpu" if pick_device(args.device)[0].type == "cuda" else "cpu"
     print(reproduce(args.out, args.results, preset, args.seeds, args.control_seeds, args.jobs, device=args.device))

@@ -529,3 +529,9 @@ def test_the_variants_of_an_ablation_are_what_their_names_say():
         assert name == f"{flags['group_size']} x {flags['prompts']} prompts"
     for name, change in evaluation.ABLATIONS["kl"].items():
         assert float(name) == change.get("kl_coef", 0.02)
+
+
+def test_the_group_mean_takes_noise_out_of_the_gradient(smoke):
+    found = evaluation.gradient_noise(smoke, groups=(2, 8), samples=32, repeats=6)
+    assert set(found) == {(g, b) for g in (2, 8) for b in ("none", "batch", "group")}
+    assert 0 < found[8, "group"][0] < found[8, "none"][0]  # rewards are log-probabilities: without a mean, all is discouraged
