@@ -644,7 +644,7 @@ class Trainer:
 
             self.optimise(stage, clip, steps, c.clip_lr, losses)
             save_atomically(clip.state_dict(), self.folder / f"{stage}.safetensors")
-        write_json(self.folder / "reward_validity.json", self.check_reward("rule", "clip"))
+        write_json(self.folder / "reward_validity.json", self.check_reward("rule"))
 
     def preference_stage(self):
         """The preference model, on pairs made by small edits and on pairs of the base model's own samples."""
@@ -672,7 +672,7 @@ class Trainer:
             found[source.name] = report = pair_report(model, self.vocab, held_out)
             shares = ", ".join(f"{k} {v:.2f}" for k, v in report["accuracy"].items() if " " not in k)
             print(f"{source.name}, share of held-out pairs in order: {shares}; calibration error {report['calibration_error']:.3f}")
-        write_json(self.folder / "preference_validity.json", found | {"drawings": self.check_reward("learned", "preference")})
+        write_json(self.folder / "preference_validity.json", found | {"drawings": self.check_reward("learned")})
 
     def ranked_samples(self, prompts=96, group=8, margin=1.0, most=20000):
         """Preference pairs of the base model's own drawings and captions, ranked by the CLIP score, prompts as in GRPO."""
@@ -691,26 +691,29 @@ class Trainer:
                         pairs.append(Pair(task, "sampled", sides[better], sides[worse], True))
         return self.rng("ranked").sample(pairs, min(len(pairs), most))
 
-    def check_reward(self, mix, part, prompts=48, group=8):
-        """Reward validity before RL: does this part of the reward rank the base model's own drawings as the judge does?
-        Validation prompts only; the answer is written down and shown, nothing is chosen by it."""
+    def check_reward(self, mix, name="base", prompts=48, group=8, least=5):
+        """Reward validity: does this mix of rewards rank a model's own drawings as the judge does? Before RL, and after it,
+        by what the policy has found meanwhile. Validation prompts; the answer is written down and shown, nothing is chosen
+        by it. least: faulty drawings of one kind that there must be to speak of it."""
         rewards, found = self.rewards(mix), {}
-        model = self.policy("base")
+        model = self.policy(name)
         for source, judge in evaluation.judges(vars(self.config), self.sources):
             asked = evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", self.config.seed)
-            for name, pools in list(judge.pools.items())[:2]:  # never on what no prompt may name
+            for pool, pools in list(judge.pools.items())[:2]:  # never on what no prompt may name
                 examples = asked.examples("draw", prompts, pools)
                 repeated = [e for e in examples for _ in range(group)]
                 pictures = asked.outputs(examples, group=group)
-                reward = rewards(source, "draw", examples, pictures, self.rng("validity"))[part]
+                reward = rewards.total(rewards(source, "draw", examples, pictures, self.rng("validity")))
                 failed = judge.failed(repeated, pictures)
                 right = torch.tensor([not f for f in failed]).view(prompts, group)
-                found[f"{source.name} {name}"] = agreement(reward, right, ~right)
+                found[f"{source.name} {pool}"] = agreement(reward, right, ~right)
                 for kind in sorted(set().union(*failed)):  # against candidates whose only fault is of this kind
                     only = torch.tensor([f == {kind} for f in failed]).view(prompts, group)
-                    found[f"{source.name} {name} {kind}"] = agreement(reward, right, only)
+                    if int(only.sum()) >= least:
+                        found[f"{source.name} {pool} {kind}"] = agreement(reward, right, only)
         found = {k: round(v, 3) for k, v in found.items() if v == v}
-        print(f"{part}: share of (right, wrong) drawings of a prompt in order: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
+        shares = ", ".join(f"{k} {v:.2f}" for k, v in found.items())
+        print(f"share of (right, wrong) drawings by {name} that the {mix} reward puts in order: {shares}")
         return found
 
     def grpo_stage(self, stage="grpo", control=None):
@@ -768,6 +771,8 @@ class Trainer:
 
         self.optimise(stage, policy, c.grpo_steps, c.grpo_lr, losses, self.watcher())
         save_atomically(policy.state_dict(), self.folder / "aligned.safetensors")
+        if stage == "grpo":
+            write_json(self.folder / "reward_validity_aligned.json", self.check_reward(c.reward, "aligned", prompts=128))
         for warning in health(self.folder):
             print(f"health: {warning}")
 
@@ -953,7 +958,8 @@ def stage_seconds(folder):
 
 
 def health(folder):
-    """What should worry a reader of an aligned run, by its metrics.csv: a list of sentences, empty when all is well."""
+    """What should worry a reader of an aligned run, by its metrics.csv and by what the reward made of the aligned model's
+    drawings: a list of sentences, empty when all is well."""
     path, found = folder / "metrics.csv", []
     log = [r for r in csv.DictReader(path.open(encoding="utf-8")) if r.get("reward_draw")] if path.exists() else []
 
@@ -972,6 +978,10 @@ def health(folder):
     for task in GRPO_TASKS:
         if (idle := ends(f"zero_spread_{task}", 0.25)[1]) > 0.9:
             found.append(f"{idle:.0%} of the last groups to {task} have no spread: nothing is left to learn there, or nothing succeeds")
+    path = folder / "reward_validity_aligned.json"
+    for what, share in json.loads(path.read_text(encoding="utf-8")).items() if path.exists() else ():
+        if share < 0.85 and len(what.split()) == 3:
+            found.append(f"the reward sees only {share:.0%} of the faults of this kind in the aligned model's drawings: {what}")
     return found
 
 

@@ -186,8 +186,9 @@ def test_the_run_leaves_the_files_of_the_design(smoke):
     there = {str(p.relative_to(smoke)) for p in smoke.rglob("*") if p.is_file()}
     assert there == {
         "config.json", "tokenizer.json", "words.json", "codebook.safetensors", "base.safetensors", "clip.safetensors",
-        "clip_report.safetensors", "aligned.safetensors", "reward_validity.json", "metrics.csv", "timing.csv", "curves.png", "eval.json",
-        "items.json", "samples.gif", "samples/base.png", "samples/aligned.png", "samples/before_after.png",
+        "clip_report.safetensors", "aligned.safetensors", "reward_validity.json", "metrics.csv", "timing.csv", "curves.png",
+        "reward_validity_aligned.json", "eval.json", "items.json", "samples.gif", "samples/base.png", "samples/aligned.png",
+        "samples/before_after.png",
         "samples/grpo_0000.png", "samples/grpo_0004.png"}  # fmt: skip
     for picture in (name for name in there if name.endswith(("png", "gif"))):
         with Image.open(smoke / picture) as image:
@@ -709,6 +710,13 @@ def test_a_run_is_warned_of_when_its_reward_rises_alone(tmp_path, reward_end, co
     assert len(found) == len(words) and all(w in f for w, f in zip(words, found))
 
 
+def test_faults_that_the_reward_does_not_see_are_named(tmp_path):
+    found = {"synthetic compose": 0.8, "synthetic compose count": 0.71, "synthetic compose color": 0.99}
+    (tmp_path / "reward_validity_aligned.json").write_text(json.dumps(found))
+    assert train.health(tmp_path) == [
+        "the reward sees only 71% of the faults of this kind in the aligned model's drawings: synthetic compose count"]  # fmt: skip
+
+
 def test_a_run_without_alignment_has_nothing_to_warn_of(tmp_path):
     assert train.health(tmp_path) == []
 
@@ -725,3 +733,15 @@ def test_what_the_base_run_measured_is_taken_over_if_it_is_the_same(smoke, tmp_p
     assert set(trainer.base_results()) == {"synthetic"}
     trainer.config.seed = 1
     assert trainer.base_results() == {}  # other scenes
+
+
+@pytest.mark.slow
+def test_the_gpu_preset_takes_a_step_of_every_stage(tmp_path, handlers):
+    """On the CPU, with few sequences: the same model, tokens and code as on a GPU, but for float32."""
+    few = "--batch 8 --clip-batch 8 --prompts 4 --group-size 2 --pretrain-steps 1 --clip-steps 3 --grpo-steps 1"
+    stages = "--stage codebook,pretrain,clip,grpo"  # to measure it would take a GPU
+    folder = train.main(parse_flags([*f"--preset gpu --device cpu {few} {stages} --out {tmp_path / 'gpu'}".split()]))
+    assert [(r["stage"], r["step"]) for r in rows(folder)][-2:] == [("clip_report", "0"), ("grpo", "0")]
+    assert all(math.isfinite(float(r["loss"])) and r["skipped"] == "0" for r in rows(folder))
+    weights = load_file(str(folder / "aligned.safetensors"))
+    assert sum(w.numel() for w in weights.values()) > 1e7 and weights["row.weight"].shape == (8, 384)
