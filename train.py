@@ -8,7 +8,7 @@
   preference  a reward from pairs, only if             edited captions and pictures, samples of    preference.safetensors
               --reward is learned or mix               the base ranked by the CLIP score           preference_validity.json
   grpo        the aligned policy                       its own samples, rewarded; prompts alone    aligned.safetensors
-    or, by --method, what goes on with pretrain's loss for the seconds that clip and grpo took:
+    or, by --method, what goes on with pretrain's loss for the seconds that the reward and grpo took:
   unified     the obvious alternative                  more of pretrain's pairs                    aligned.safetensors
   contrast    --method clip: and a contrastive loss    the same                                    aligned.safetensors
   masked      --method beit: and masked picture codes  the same                                    aligned.safetensors
@@ -193,14 +193,32 @@ GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5}  # weight 
 
 
 def parse_flags(argv=None):
-    """Command line -> Config: a preset's values, overridden by every flag that was given."""
+    """Command line -> Config: a preset's values, overridden by every flag that was given; with --resume, those of the run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     for f in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "choices": CHOICES.get(f.name)}
         help_text = f"{comments[f.name]} [{f.default}]".replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=help_text, **kind)
-    return make_config(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    return resumed(given) if given.get("resume") else make_config(**given)
+
+
+def resumed(given):
+    """The Config of the run that goes on: only where and how to run it may be given anew. ValueError for any other change."""
+    config, here = make_config(**given), ("out", "resume", "stage", "device", "threads")
+    path = Path(config.out) / "config.json"
+    if not path.exists():
+        return config
+    try:
+        stored = Config(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); start again with another --out") from error
+    for name in set(given) - set(here):
+        if getattr(config, name) != getattr(stored, name):
+            flag = f"--{name.replace('_', '-')} {given[name]}"
+            raise ValueError(f"{flag}: the run in {config.out} has {getattr(stored, name)}; leave it out to go on, or choose another --out")
+    return dataclasses.replace(stored, **{name: getattr(config, name) for name in here})
 
 
 def make_config(**given):
@@ -1018,7 +1036,8 @@ def describe(config):
 
 
 def take_over(config, folder):
-    """Copy what --base already trained; a unified or filtered run gets as many steps as fit the seconds that lvrpo needed there."""
+    """Copy what --base already trained. What goes on with next-token training gets as many steps as fit the seconds that the
+    rewards and alignment took there; "filtered" uses the CLIP too, and gets those of alignment alone."""
     base = Path(config.base)
     kept = ("codebook.safetensors", "tokenizer.json", "words.json", "base.safetensors", "clip.safetensors", "clip_report.safetensors",
             "reward_validity.json")  # fmt: skip
@@ -1035,7 +1054,7 @@ def take_over(config, folder):
         spent = stage_seconds(base)
         if not {"pretrain", "grpo"} <= set(spent):
             raise ValueError(f"--base {base}: its timing.csv does not tell what pretrain and grpo took; give --extra-steps")
-        seconds = spent.get("clip", 0) + spent.get("grpo", 0)
+        seconds = sum(spent.get(s, 0) for s in (("grpo",) if config.method == "filtered" else ("clip", "preference", "grpo")))
         config.fitting_steps = seconds / spent["pretrain"] * theirs["pretrain_steps"]
     folder.mkdir(parents=True, exist_ok=True)
     for name in kept:
@@ -1077,21 +1096,9 @@ def main(config):
     return folder
 
 
-def resumed(config):
-    """The configuration of the run in --out, with nothing but where and how to run it taken from the command line."""
-    path = Path(config.out) / "config.json"
-    if not config.resume or not path.exists():
-        return config
-    try:
-        stored = Config(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); start again with another --out") from error
-    return dataclasses.replace(stored, out=config.out, resume=True, stage=config.stage, device=config.device, threads=config.threads)
-
-
 if __name__ == "__main__":
     try:
-        main(resumed(parse_flags()))
+        main(parse_flags())
     except (ValueError, OSError) as error:
         sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
     except Stopped as stopped:

@@ -312,7 +312,7 @@ def test_a_pretraining_that_was_interrupted_and_resumed_equals_one_that_was_not(
         train.main(prepared(smoke, parts, pretrain_steps=6, stage="pretrain"))
     assert stopped.value.status == 128 + number
     assert not (parts / "base.safetensors").exists() and len(rows(parts)) == 3
-    train.main(train.resumed(make_config(preset="smoke", device="cpu", out=str(parts), resume=True, stage="pretrain")))
+    train.main(parse_flags(f"--preset smoke --device cpu --out {parts} --resume --stage pretrain".split()))
     assert (parts / "base.safetensors").read_bytes() == (whole / "base.safetensors").read_bytes()
     assert (parts / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
     assert not list(parts.glob("state_*")) and not list(parts.glob("*.tmp"))
@@ -353,9 +353,11 @@ def test_signals_mean_again_what_they_meant_before(smoke, tmp_path, handlers):
 
 def test_resuming_takes_the_stored_configuration_and_only_place_and_device_from_the_flags(smoke, tmp_path):
     copy = shutil.copytree(smoke, tmp_path / "moved")
-    config = train.resumed(parse_flags(["--resume", "--out", str(copy), "--preset", "cpu", "--threads", "1", "--stage", "eval"]))
+    config = parse_flags(["--resume", "--out", str(copy), "--preset", "smoke", "--threads", "1", "--stage", "eval"])
     stored = Config(**json.loads((smoke / "config.json").read_text()))
     assert config == dataclasses.replace(stored, out=str(copy), resume=True, threads=1, stage="eval", device="auto")
+    with pytest.raises(ValueError, match=r"--grpo-steps 9: the run in .* has 4; leave it out to go on"):
+        parse_flags(["--resume", "--out", str(copy), "--grpo-steps", "9"])
 
 
 def test_the_same_seed_gives_the_same_weights_and_batches_and_another_seed_others(smoke, trainer):
