@@ -13,7 +13,6 @@
   contrast    --method clip: and a contrastive loss    the same                                    aligned.safetensors
   masked      --method beit: and masked picture codes  the same                                    aligned.safetensors
   labels      --method labels                          and questions about three objects           aligned.safetensors
-  filtered    --method filtered                        pairs whose caption the reward believes     aligned.safetensors
     or, by --method, other ways to use the same reward on samples:
   reject      next tokens                              the best of each group of its own samples   aligned.safetensors
   dpo         preferences                              the best and the worst of each group        aligned.safetensors
@@ -102,7 +101,7 @@ from reward import (
 class Config:
     preset: str = "auto"  # smoke, cpu or gpu; auto picks gpu on a CUDA device, else cpu
     device: str = "auto"  # auto, cuda, mps or cpu
-    method: str = "lvrpo"  # lvrpo; baselines unified, clip, beit; controls labels, filtered, reject, dpo, best (see above)
+    method: str = "lvrpo"  # lvrpo; baselines unified, clip, beit; controls labels, reject, dpo, best (see above)
     data: str = "synthetic"  # data sets, comma-separated: synthetic, fashion_mnist
     data_dir: str = "data"  # the parent of fashion_mnist/
     download: bool = False  # fetch missing public data from the official addresses
@@ -165,9 +164,9 @@ PRESETS = {
     "gpu": dict(patch=4, jitter=1, width=384, layers=8, heads=6, pretrain_steps=2500, batch=512, lr=2e-3, clip_steps=800, clip_batch=512,
                 clip_width=128, grpo_steps=60, prompts=64, eval_items=2048),
 }  # fmt: skip
-LAST = {"lvrpo": "grpo", "unified": "unified", "clip": "contrast", "beit": "masked", "labels": "labels", "filtered": "filtered",
-        "reject": "reject", "dpo": "dpo", "best": "best"}  # method: the stage that tells it from the others  # fmt: skip
-MORE = ("unified", "clip", "beit", "labels", "filtered")  # those that go on with next-token training
+LAST = {"lvrpo": "grpo", "unified": "unified", "clip": "contrast", "beit": "masked", "labels": "labels", "reject": "reject",
+        "dpo": "dpo", "best": "best"}  # method: the stage that tells it from the others  # fmt: skip
+MORE = ("unified", "clip", "beit", "labels")  # those that go on with next-token training
 MORE_STAGES = tuple(LAST[method] for method in MORE)
 STAGES = {method: ("codebook", "pretrain", "clip", "preference", last, "eval") for method, last in LAST.items()}
 CHOICES = {
@@ -560,12 +559,12 @@ class Trainer:
             total, weights, count = total - weight @ logprobs[0], weights + weight.sum(), count + len(weight)
         return total / weights, count  # (T2)
 
-    def next_token_losses(self, stage, model, believed=None, labelled=False, objective=None):
+    def next_token_losses(self, stage, model, labelled=False, objective=None):
         """The losses of a next-token stage for `optimise`: (T2), and a baseline's objective on the same pairs beside it."""
 
         def losses(step):
             rng = self.rng(stage, step)
-            rows = self.pairs(rng, self.config.batch, believed, labelled)
+            rows = self.pairs(rng, self.config.batch, labelled=labelled)
             loss, tokens = self.next_token_loss(model, rows)
             parts, row = {"nll": loss}, {"tokens": tokens, "labels": sum(e.task in ("ask", "reason") for _, e, _ in rows)}
             if objective:
@@ -616,9 +615,6 @@ class Trainer:
 
     def labels_stage(self):
         self.go_on("labels", labelled=True)
-
-    def filtered_stage(self):
-        self.go_on("filtered", believed=self.rewards().believes)
 
     def reject_stage(self):
         self.grpo_stage("reject", rejection_loss)
@@ -1037,7 +1033,7 @@ def describe(config):
 
 def take_over(config, folder):
     """Copy what --base already trained. What goes on with next-token training gets as many steps as fit the seconds that the
-    rewards and alignment took there; "filtered" uses the CLIP too, and gets those of alignment alone."""
+    rewards and alignment took there."""
     base = Path(config.base)
     kept = ("codebook.safetensors", "tokenizer.json", "words.json", "base.safetensors", "clip.safetensors", "clip_report.safetensors",
             "reward_validity.json")  # fmt: skip
@@ -1054,7 +1050,7 @@ def take_over(config, folder):
         spent = stage_seconds(base)
         if not {"pretrain", "grpo"} <= set(spent):
             raise ValueError(f"--base {base}: its timing.csv does not tell what pretrain and grpo took; give --extra-steps")
-        seconds = sum(spent.get(s, 0) for s in (("grpo",) if config.method == "filtered" else ("clip", "preference", "grpo")))
+        seconds = sum(spent.get(s, 0) for s in ("clip", "preference", "grpo"))
         config.fitting_steps = seconds / spent["pretrain"] * theirs["pretrain_steps"]
     folder.mkdir(parents=True, exist_ok=True)
     for name in kept:

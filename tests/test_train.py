@@ -595,8 +595,8 @@ def test_without_a_number_the_alternative_gets_the_steps_that_fit_the_seconds_of
     assert len(rows(folder)) == 4 and json.loads((folder / "config.json").read_text())["extra_steps"] == 4  # a resumed run takes as many
 
 
-@pytest.mark.parametrize("method, stage", [("clip", "contrast"), ("beit", "masked"), ("labels", "labels"), ("filtered", "filtered"),
-                                           ("reject", "reject"), ("dpo", "dpo")])  # fmt: skip
+@pytest.mark.parametrize("method, stage", [
+    ("clip", "contrast"), ("beit", "masked"), ("labels", "labels"), ("reject", "reject"), ("dpo", "dpo")])  # fmt: skip
 def test_every_baseline_and_control_takes_its_steps_from_the_base(smoke, tmp_path, handlers, method, stage):
     flags = f"--preset smoke --device cpu --method {method} --extra-steps 2 --grpo-steps 2 --stage {stage}"
     folder = train.main(parse_flags([*flags.split(), "--base", str(smoke), "--out", str(tmp_path / method)]))
@@ -630,16 +630,12 @@ def test_the_ledger_counts_the_labels_of_questions_and_all_operations(smoke):
     assert used["grpo"]["labels"] > 4 * 5 and all(u["operations"] > 1e9 for u in used.values())
 
 
-def test_the_filtered_alternative_learns_only_from_captions_that_the_reward_believes(smoke, tmp_path, handlers):
-    flags = "--preset smoke --device cpu --method filtered --extra-steps 2 --stage filtered"
-    folder = train.main(parse_flags([*flags.split(), "--base", str(smoke), "--out", str(tmp_path / "filtered")]))
+def test_the_pairs_kept_in_a_grpo_step_are_those_that_the_reward_believes(smoke):
     trainer = Trainer(make_config(**TINY, out=str(smoke)))
     trainer.load_tokens()
-    batches = [trainer.batches(trainer.pairs(trainer.rng("filtered", step), 32)) for step in (0, 1)]
-    everything = [sum(int(b.mask.sum()) for b in some) for some in batches]
-    learned = [float(r["tokens"]) for r in rows(folder)]
-    assert len(learned) == 2 and all(0 < some < every for some, every in zip(learned, everything))
-    assert (folder / "aligned.safetensors").exists()
+    kept, all_of_them = (trainer.pairs(trainer.rng("x", 0), 256, believed) for believed in (trainer.rewards().believes, None))
+    captioned = lambda rows: sum(e.task in ("draw", "caption") for _, e, _ in rows)  # noqa: E731
+    assert 0 < captioned(kept) < captioned(all_of_them) and len(all_of_them) - len(kept) == captioned(all_of_them) - captioned(kept)
 
 
 def test_control_with_labels_asks_about_three_objects_and_pretraining_does_not(paired):
