@@ -6,9 +6,9 @@ is limited on purpose, so that later claims can be tested:
 
   pool        objects  pairs of kinds          pictures with texts   prompts in GRPO   judged as
   paired      1-2      common                  yes (noisy captions)  yes               compose
-  prompted    2        8 "prompt-only" pairs   never                 yes               compose_pairs
-  three       3        no held-out pair        pictures alone,       yes               compose_heldout
-                                               texts alone
+  prompted    2        8 "prompted" pairs      never                 yes               compose_pairs
+  three       3        no held-out pair        pictures alone,       yes, and          compose_heldout
+                                               texts alone           questions
   heldout     3        8 held-out pairs        never                 never             compose_unprompted
 
 A kind is a colour and a shape (12 of them); what is held out are *co-occurrences* of two kinds, never a kind itself:
@@ -278,16 +278,18 @@ def edits(caption):
     mentions, relation = caption
     changed = []
     for i, m in enumerate(mentions):
-        swap = lambda kind, **change: changed.append(  # noqa: E731
-            (kind, Caption((*mentions[:i], m._replace(**change), *mentions[i + 1 :]), relation)))
+
+        def record(kind, **change):
+            changed.append((kind, Caption((*mentions[:i], m._replace(**change), *mentions[i + 1 :]), relation)))
+
         for color in COLORS if m.color else ():
-            swap("color", color=color)
+            record("color", color=color)
         for shape in SHAPES if m.shape else ():
-            swap("shape", shape=shape)
+            record("shape", shape=shape)
         for size in SIZES if m.size else ():
-            swap("size", size=size)
+            record("size", size=size)
         for cell in ((0, 0), (0, 1), (1, 0), (1, 1)) if m.cell else ():
-            swap("position", cell=cell)
+            record("position", cell=cell)
         if len(mentions) > 1:
             changed.append(("drop", Caption((*mentions[:i], *mentions[i + 1 :]))))
         for j in range(i):  # the same words, bound to each other differently
@@ -314,20 +316,22 @@ def scene_edits(scene):
     free = [c for c in itertools.product((0, 1), (0, 1)) if c not in [(o.row, o.column) for o in scene]]
     changed = []
     for i, o in enumerate(scene):
-        swap = lambda kind, o, j=None, p=None: changed.append(  # noqa: E731
-            (kind, [o if k == i else p if k == j else q for k, q in enumerate(scene)]))
+
+        def record(kind, o, j=None, p=None):
+            changed.append((kind, [o if k == i else p if k == j else q for k, q in enumerate(scene)]))
+
         for name, words in (("color", COLORS), ("shape", SHAPES), ("size", SIZES)):
             for word in words:
-                swap(name, o._replace(**{name: word}))
+                record(name, o._replace(**{name: word}))
         for row, column in free:
-            swap("position", o._replace(row=row, column=column))
+            record("position", o._replace(row=row, column=column))
             changed.append(("twice", [*scene, o._replace(row=row, column=column)]))
         if len(scene) > 1:
             changed.append(("drop", scene[:i] + scene[i + 1 :]))
         for j, p in enumerate(scene[:i]):
-            swap("relation", o._replace(row=p.row, column=p.column), j, p._replace(row=o.row, column=o.column))
+            record("relation", o._replace(row=p.row, column=p.column), j, p._replace(row=o.row, column=o.column))
             if o.color != p.color and o.shape != p.shape:
-                swap("swap", o._replace(color=p.color), j, p._replace(color=o.color))
+                record("swap", o._replace(color=p.color), j, p._replace(color=o.color))
     for (color, shape), size, (row, column) in itertools.product(KINDS, SIZES, free):
         changed.append(("add", [*scene, scene[0]._replace(color=color, shape=shape, size=size, row=row, column=column)]))
     return [(kind, e) for kind, e in changed if e != scene and (kind == "twice" or len({o.kind for o in e}) == len(e))]
@@ -848,7 +852,7 @@ class Vocabulary:
 
 
 def main():
-    start, rng = time.perf_counter(), random.Random(0)
+    rng = random.Random(0)
     for pool in COUNTS:
         scene = sample_scene(rng, pool)
         caption = true_caption(rng, scene)

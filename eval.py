@@ -345,7 +345,7 @@ class Evaluator:
     @torch.no_grad()
     def text_nll(self, n):
         """Negative log-likelihood of held-out clean captions, nats a token."""
-        device, sums, counts = self.model.head.device, [], []
+        device = self.model.head.device
         examples = self.examples("text", n)
         batch = self.vocab.batch(examples, torch.zeros(n, self.vocab.n_patches, dtype=torch.long), device).trim()
         hidden = self.model(batch.target[:, :-1], batch.patch[:, :-1]).float()
@@ -502,7 +502,7 @@ def table(result):
     best = ", ".join(f"{m} {result['best_temperature'][m]}" for m in models)
     lines.append(f"best temperature, chosen on validation prompts: {best}")
     if "compose_heldout" in rows[0]:
-        lines.append("left of |: kinds of prompts that had pictures in training; right: three objects, which never did")
+        lines.append("left of |: prompts as in the captions of pictures; right: three objects, whose pictures never came with a caption")
     return "\n".join(lines)
 
 
@@ -644,7 +644,9 @@ def trained(out, **flags):
         words = [w for k, v in (flags | {"out": out}).items() for w in (f"--{k.replace('_', '-')}", str(v))]
         resume = ["--resume"] if (out / "config.json").is_file() else []
         print(f"train.py {' '.join(words + resume)}", flush=True)
-        subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *words, *resume], check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), *words, *resume]
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            raise ValueError(f"the run {out} failed, see above; the same command goes on")
     return out
 
 
@@ -671,7 +673,8 @@ def ablate(name, run, out, seeds=3, jobs=1, **flags):
     jobs: runs at a time, each with its share of the cores."""
     flags, out = SHORT | flags, Path(out)
     config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-    flags |= {k: config[k] for k in ("preset", "device", "data", "data_dir", "width", "layers", "heads", "patch", "jitter", "clip_width")}
+    shape = ("width", "layers", "heads", "patch", "codes", "jitter", "clip_width")
+    flags |= {k: config[k] for k in ("preset", "device", "data", "data_dir", *shape)}
     flags["threads"] = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
         defaults = list(pool.map(lambda seed: trained(out / f"default-{seed}", base=run, seed=seed, **flags), range(seeds)))
@@ -780,7 +783,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", metavar="DIR", help="a run directory of train.py")
     parser.add_argument("--compare", nargs="+", metavar="DIR", help="run directories: methods side by side, over seeds")
-    parser.add_argument("--ablate", choices=tuple(ABLATIONS), help="train variants from the base of --run; table and figure in runs/ablate")
+    parser.add_argument("--ablate", choices=tuple(ABLATIONS), help="train variants from the base of --run [runs/lvrpo]; see runs/ablate")
     parser.add_argument("--seeds", type=int, default=3, help="of --ablate [3]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time in --ablate, each with its share of the cores [1]")
     parser.add_argument("--json", metavar="FILE", help="write the numbers of --run there")
@@ -796,6 +799,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.compare:
         return print(compare(args.compare))
+    if args.ablate and not args.run:
+        args.run = "runs/lvrpo"  # what `make train` leaves
     if not args.run:
         raise ValueError("say what to do: --run DIR (see --help), or --compare DIR DIR ...")
     device = pick_device(args.device)[0]
@@ -825,6 +830,7 @@ def main(argv=None):
             source, judge = judges(config)[0]
             result = evaluate(models, vocab, codebook, source, judge, clip, config["eval_items"], config["seed"], config["eval_prompts"])
             del result["items"]
+            result["meta"] = {k: config[k] for k in ("preset", "method", "data", "seed")} | {"config": config}
         if args.json:
             try:
                 Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -19,7 +19,7 @@
   best        nothing                                  the reward chooses among 8 when asked       aligned.safetensors
   eval        nothing                                  test scenes                                 eval.json, curves.png, samples/
 
-  (T1) L = mean_task weight_task * L_grpo(task) + ptx_coef * L_nexttoken     the pre-training loss is kept in the GRPO
+  (T1) L = sum_task weight_task * L_grpo(task) + ptx_coef * L_nexttoken     the pre-training loss is kept in the GRPO
            step (InstructGPT's PPO-ptx), against forgetting; what it is worth here has not been measured
 
   (T2) L_nexttoken = - sum_t w_t logprob_t / sum_t w_t,  over the chosen tokens of a batch, w_t = TOKEN_WEIGHT of the task
@@ -441,8 +441,8 @@ class Trainer:
                         skipped += 1
                         if skipped > 5:
                             raise Stopped(
-                                f"{stage}: the loss or gradient was not finite {skipped} times, last at step {step}; try a lower "
-                                f"learning rate than {lr:g}. The last good state is kept: --resume --out {self.folder}")  # fmt: skip
+                                f"{stage}: the loss or gradient was not finite {skipped} times, last at step {step}; start again "
+                                f"with a lower learning rate than {lr:g} and another --out")  # fmt: skip
                     loss = float(sum(x.detach() for x in parts.values()))
                     row |= {"loss": loss, "grad_norm": total, "lr": lr * schedule(step, steps), "skipped": skipped, **norms}
             row = {k: float(v) for k, v in row.items()}
@@ -452,10 +452,10 @@ class Trainer:
             log.add("timing", {"stage": stage, "step": step, "seconds": time.perf_counter() - start, **seconds, **self.memory(),
                                **({"operations": counter.get_total_flops()} if counted else {})})  # fmt: skip
             bar.set_postfix({k: f"{row[k]:.3g}" for k in ("loss", "reward_draw", "reward_ask", "kl_draw", "r1") if k in row}, refresh=False)
-            diverged = diverged + 1 if row.get("kl_draw", 0) > c.max_kl else 0
+            diverged = diverged + 1 if max((v for k, v in row.items() if k.startswith("kl_")), default=0) > c.max_kl else 0
             if diverged == 5:
                 raise Stopped(f"{stage}: the KL to the base passed {c.max_kl} nats a token for five steps, last at step {step}; raise "
-                              f"--kl-coef or lower --grpo-lr. The last good state is kept: --resume --out {self.folder}")  # fmt: skip
+                              f"--kl-coef or lower --grpo-lr, from the same base: --base {self.folder} --out NEW")  # fmt: skip
             if self.interrupted or time.monotonic() - saved > 60:
                 save_atomically(flat_state(model, optimizers), path, step=step + 1)
                 saved = time.monotonic()
@@ -475,7 +475,7 @@ class Trainer:
             loss.backward()
             if len(parts) > 1:
                 now = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-                norms[f"grad_{name}"] = float((now - before if before is not None and len(before) == len(now) else now).norm())
+                norms[f"grad_{name}"] = float((now if before is None else now - before).norm())
                 before = now
         return norms
 
@@ -567,8 +567,8 @@ class Trainer:
             rows = self.pairs(rng, self.config.batch, labelled=labelled)
             loss, tokens = self.next_token_loss(model, rows)
             parts, row = {"nll": loss}, {"tokens": tokens, "labels": sum(e.task in ("ask", "reason") for _, e, _ in rows)}
-            if objective:
-                told = [e for _, e, alone in rows if e.task in ("draw", "caption") and not alone]
+            told = [e for _, e, alone in rows if e.task in ("draw", "caption") and not alone]
+            if objective and told:
                 codes = self.codebook.encode(np.stack([e.picture for e in told])).to(self.device)
                 with self.autocast():
                     parts[stage] = OBJECTIVE_WEIGHT * objective(model, self.vocab, codes, [e.prompt or e.answer for e in told], rng)

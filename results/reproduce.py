@@ -115,6 +115,8 @@ def claims_table(done):
     lines += ["", "| after the base, a seed | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
     for method, used in done["ledger"].items():
         lines.append(f"| {method} | " + " | ".join(f"{v:,.0f}" if v < 1e9 else f"{v:.2e}" for v in used.values()) + " |")
+    steps = {k: v for k, v in done["meta"]["config"].items() if k in CLAIM_FLAGS["cpu"]}
+    lines += ["", f"A shorter schedule than the preset's: {steps}."]
     return "\n".join(lines) + "\n"
 
 
@@ -181,4 +183,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(print(f"reproduce.py: {error}", file=sys.stderr) or 2)

@@ -5,6 +5,7 @@ import dataclasses
 import doctest
 import importlib
 import io
+import json
 import re
 import sys
 import tokenize
@@ -130,6 +131,18 @@ def test_every_picture_and_result_in_the_readme_exists():
 
 def test_the_example_in_the_readme_gives_what_it_says():
     assert doctest.testfile(str(ROOT / "README.md"), module_relative=False) == (0, README.count(">>> "))
+
+
+def test_the_fronts_in_the_readme_are_those_of_the_results():
+    rows = re.findall(r"^\| (base|unified|lvrpo), (one or two|three) objects \|(.*)\|$", README, re.M)
+    assert len(rows) == 6
+    for model, objects, cells in rows:
+        quality, name = "compose" + "_heldout" * (objects == "three"), "base" if model == "base" else "aligned"
+        runs = (ROOT / "results" / "cpu").glob(f"{'unified' if model == 'unified' else 'lvrpo'}-*/eval.json")
+        fronts = [json.loads(path.read_text(encoding="utf-8"))["sweep"][name] for path in runs]
+        for temperature, cell in zip((0.1, 0.3, 0.5, 0.7, 1.0), cells.split("|"), strict=True):
+            values = [row[quality] for front in fronts for row in front if row["temperature"] == temperature]
+            assert len(values) == 3 and int(cell.split("@")[0]) == round(100 * sum(values) / 3), (model, objects, temperature)
 
 
 def test_the_numbers_in_the_readme_are_those_of_the_results():
