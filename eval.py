@@ -627,7 +627,7 @@ def judges(config, sources=None):
 
 # ---------------------------------------------------------------- ablations: many short runs from one base
 
-SHORT = {"grpo_steps": 30, "eval_items": 256, "eval_prompts": 24}
+SHORT = {"group_size": 8, "prompts": 16, "grpo_steps": 30, "eval_items": 256, "eval_prompts": 24}
 ABLATIONS = {  # name: {variant: flags}; as many steps from the same base for all; no flags: the defaults, one run for all ablations
     "group": {f"{g} x {p} prompts": {"group_size": g, "prompts": p} if g * p != 128 or g != 8 else {} for g, p in (
         (2, 64), (4, 32), (8, 16), (16, 8), (2, 16), (4, 16), (16, 16))},  # four at equal samples, then at equal prompts
@@ -640,6 +640,11 @@ ABLATIONS = {  # name: {variant: flags}; as many steps from the same base for al
 def trained(out, **flags):
     """Run train.py with these flags, in a process of its own; a finished run stays as it is, a started one goes on."""
     out = Path(out)
+    if (out / "config.json").is_file():
+        stored = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        other = [k for k, v in flags.items() if k not in ("device", "threads", "stage") and type(stored[k])(v) != stored[k]]
+        if other:
+            raise ValueError(f"{out} is a run with another {', '.join(other)}; delete it or choose another folder")
     if not ((out / "eval.json").is_file() or (flags.get("stage") == "preference" and (out / "preference_validity.json").is_file())):
         words = [w for k, v in (flags | {"out": out}).items() for w in (f"--{k.replace('_', '-')}", str(v))]
         resume = ["--resume"] if (out / "config.json").is_file() else []
@@ -659,7 +664,7 @@ def last_of(folder, column, share=0.25):
 def outcome(folder):
     """What an ablation shows of one run: {column: number or None}."""
     if not (folder / "eval.json").is_file():
-        report = json.loads((folder / "preference_validity.json").read_text(encoding="utf-8"))["synthetic"]
+        report = next(iter(json.loads((folder / "preference_validity.json").read_text(encoding="utf-8")).values()))
         return report["accuracy"] | {"calibration error": report["calibration_error"]}
     result = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     cells = {m: c["value"] for group in result["aligned"].values() for m, c in group.items() if c}
@@ -736,9 +741,12 @@ def gradient_noise(run, groups=(2, 4, 8, 16), samples=128, repeats=8):
                 return rewards.total(parts), parts
 
             r = rollout(model, batch, group, reward, vocab, torch.Generator().manual_seed(k), task="draw")
-            for baseline, mean in {"none": 0.0, "batch": r.rewards.mean(), "group": r.rewards.mean(1, keepdim=True)}.items():
+            group_mean = r.rewards.mean(1, keepdim=True)
+            for baseline, mean, size in (("none", 0.0, math.inf), ("batch", r.rewards.mean(), samples), ("group", group_mean, group)):
                 model.zero_grad()
-                loss, _ = rollout_loss(model, model, r, fused_linear_grpo_loss, advantages=(r.rewards - mean).flatten(), kl_coef=0.0)
+                weigh = 1 / (1 - 1 / size)  # a mean with the candidate itself in it takes a share of its own gradient away
+                advantages = weigh * (r.rewards - mean).flatten()
+                loss, _ = rollout_loss(model, model, r, fused_linear_grpo_loss, advantages=advantages, kl_coef=0.0)
                 loss.backward()
                 gradients[baseline].append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         for baseline, some in gradients.items():

@@ -256,11 +256,12 @@ def grpo_loss(
 # ---------------------------------------------------------------- controls: the same rewards, without GRPO
 
 
-def best_and_worst(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewards (B,G) -> row numbers, in the B*G candidates, of the best and the worst of every group with a spread, (K,) each."""
+def best_and_worst(rewards: Tensor, margin: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Rewards (B,G) -> row numbers, in the B*G candidates, of the best and the worst of every group whose rewards are further
+    than `margin` apart, (K,) each: below it, the best is no better than the others."""
     rewards = checked_rewards(rewards)
     first = torch.arange(len(rewards), device=rewards.device) * rewards.shape[1]
-    spread = rewards.amax(1) > rewards.amin(1)
+    spread = rewards.amax(1) - rewards.amin(1) > margin
     return (first + rewards.argmax(1))[spread], (first + rewards.argmin(1))[spread]
 
 

@@ -66,6 +66,7 @@ from tqdm import tqdm
 import eval as evaluation
 from data import NOISE, PAD, SOURCES, SPECIAL, Vocabulary, make_sources
 from grpo import (
+    best_and_worst,
     combine_rewards,
     contrastive_loss,
     dpo_loss,
@@ -205,14 +206,14 @@ def parse_flags(argv=None):
 
 def resumed(given):
     """The Config of the run that goes on: only where and how to run it may be given anew. ValueError for any other change."""
-    config, here = make_config(**given), ("out", "resume", "stage", "device", "threads")
-    path = Path(config.out) / "config.json"
+    path, here = Path(given.get("out") or make_config(**given).out) / "config.json", ("out", "resume", "stage", "device", "threads")
     if not path.exists():
-        return config
+        return make_config(**given)
     try:
         stored = Config(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); start again with another --out") from error
+    config = make_config(**{"method": stored.method, "preset": stored.preset, **given})
     for name in set(given) - set(here):
         if getattr(config, name) != getattr(stored, name):
             flag = f"--{name.replace('_', '-')} {given[name]}"
@@ -568,6 +569,8 @@ class Trainer:
             loss, tokens = self.next_token_loss(model, rows)
             parts, row = {"nll": loss}, {"tokens": tokens, "labels": sum(e.task in ("ask", "reason") for _, e, _ in rows)}
             told = [e for _, e, alone in rows if e.task in ("draw", "caption") and not alone]
+            if objective is masked_code_loss:  # needs no words: all pictures
+                told = [e for _, e, alone in rows if e.task != "text" and not (alone and e.task == "caption")]
             if objective and told:
                 codes = self.codebook.encode(np.stack([e.picture for e in told])).to(self.device)
                 with self.autocast():
@@ -595,12 +598,16 @@ class Trainer:
     def slowness(self, stage, how, steps=6):
         """Seconds of a step of this stage over those of a plain next-token step, medians of a few of each, in turns."""
         model, seconds = self.policy("base"), ([], [])
+        optimizers = make_optimizers(model, 1e-6)
         kinds = [self.next_token_losses("slowness", model), self.next_token_losses(stage, model, **how)]
         for step in range(steps if how else 0):
             for losses, times in zip(kinds, seconds):
                 start = time.perf_counter()
                 for parts, _ in losses(step):
                     self.backward(model, parts)
+                    float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))  # waits for the device, as a step does
+                    for optimizer in optimizers:
+                        optimizer.step()
                 times.append(time.perf_counter() - start)
         return np.median(seconds[1]) / np.median(seconds[0]) if how else 1.0
 
@@ -678,7 +685,7 @@ class Trainer:
 
         self.optimise("preference", model, c.preference_steps, c.clip_lr, losses)
         model.eval()
-        set_anchor(model, self.vocab, make_pairs(self.sources[0], self.rng("anchor"), 512))
+        set_anchor(model, self.vocab, [p for s in self.sources for p in make_pairs(s, self.rng("anchor"), 512 // len(self.sources))])
         save_atomically(model.state_dict(), self.folder / "preference.safetensors")
         found = {}
         for source in self.sources:
@@ -778,17 +785,17 @@ class Trainer:
                 if c.ptx_coef:
                     rows = self.pairs(rng, c.batch, rewards.believes if c.ptx_filter else None)
                     nll, tokens = self.next_token_loss(policy, rows)
-                    parts["ptx"], row["nll"], row["ptx_tokens"] = c.ptx_coef * nll, float(nll.detach()), tokens  # (T1)
-                    row["labels"] = sum(e.task in ("ask", "reason") for _, e, _ in rows)
-                row["labels"] = row.get("labels", 0) + sum(len(r.rewards) for r, _ in rollouts if r.task in ("ask", "reason"))
+                    parts["ptx"], row["nll"] = c.ptx_coef * nll, float(nll.detach())  # (T1)
+                    row["ptx_tokens"] = row.get("ptx_tokens", 0) + tokens
+                    row["labels"] = row.get("labels", 0) + sum(e.task in ("ask", "reason") for _, e, _ in rows)
+                if epoch == 0:
+                    row["labels"] = row.get("labels", 0) + sum(len(r.rewards) for r, _ in rollouts if r.task in ("ask", "reason"))
+                    if stage == "dpo":
+                        row["pairs"] = sum(len(best_and_worst(r.rewards)[0]) for r, _ in rollouts)
                 yield parts, row
 
         self.optimise(stage, policy, c.grpo_steps, c.grpo_lr, losses, self.watcher())
         save_atomically(policy.state_dict(), self.folder / "aligned.safetensors")
-        if stage == "grpo":
-            write_json(self.folder / "reward_validity_aligned.json", self.check_reward(c.reward, "aligned", prompts=128))
-        for warning in health(self.folder):
-            print(f"health: {warning}")
 
     def advantages(self, r, parts, weights):
         """(N,) advantages of a rollout by --advantage and --scale."""
@@ -834,6 +841,8 @@ class Trainer:
     def eval_stage(self):
         """Base and aligned on test scenes: eval.json, the table, curves and pictures."""
         c, start = self.config, time.perf_counter()
+        if c.method == "lvrpo":
+            write_json(self.folder / "reward_validity_aligned.json", self.check_reward(c.reward, "aligned", prompts=128))
         models = {name: self.policy(name).eval() for name in ("base", "aligned")}
         clip = evaluation.load_clip(self.folder, "clip_report", self.vocab, vars(c), self.device)
         results, items, known = {}, {}, self.base_results()
@@ -843,6 +852,8 @@ class Trainer:
                 rewards=self.rewards() if c.method == "best" else None, known=known.get(source.name))  # fmt: skip
             results[source.name], items[source.name] = result, result.pop("items")
             print(f"\n{source.name}\n{evaluation.table(result)}")
+        for warning in health(self.folder):
+            print(f"health: {warning}")
         before, after = (self.draw_samples(model, name) for name, model in models.items())
         both = [(prompt, np.concatenate((a[:4], b[:4])), [*x[:4], *y[:4]]) for (prompt, a, x), (_, b, y) in zip(before, after)]
         contact_sheet(both, ("before", "after")).save(self.folder / "samples" / "before_after.png")
@@ -853,7 +864,8 @@ class Trainer:
         first = next(iter(results.values()))
         seconds = stage_seconds(self.folder) | {"eval": round(time.perf_counter() - start, 1)}
         used = (ledger(Path(c.base)) if c.base else {}) | ledger(self.folder)
-        used = {stage: used[stage] for stage in ("pretrain", "clip", "clip_report", "preference", LAST[c.method]) if stage in used}
+        rewarding = () if c.method in MORE else ("clip",) if c.reward == "rule" else ("clip", "preference")
+        used = {stage: used[stage] for stage in ("pretrain", *rewarding, "clip_report", LAST[c.method]) if stage in used}
         meta = describe(c) | {"seconds": seconds, "ledger": used, "device": self.reason, "health": health(self.folder), **self.memory()}
         out = first | {"sources": results, "meta": meta} if len(results) > 1 else first | {"meta": meta}
         (self.folder / "items.json").write_text(json.dumps(items), encoding="utf-8")
@@ -873,7 +885,7 @@ class Trainer:
         """Every stage whose result is not there yet, in order."""
         c = self.config
         done = {"codebook": "codebook.safetensors", "pretrain": "base.safetensors", "clip": "reward_validity.json",
-                "preference": "preference.safetensors", "eval": "eval.json"}  # fmt: skip
+                "preference": "preference_validity.json", "eval": "eval.json"}  # fmt: skip
         every = [s for s in STAGES[c.method] if s != "preference" or c.reward != "rule"]
         wanted = every if c.stage == "all" else [s for s in STAGES[c.method] if s in c.stage.split(",")]
         for stage in wanted:
@@ -1001,7 +1013,8 @@ def health(folder):
 
 def ledger(folder):
     """{stage: what it used}: steps, seconds, tokens learned from, labelled questions, preference pairs, and operations: the
-    matrix products of one counted step times the steps, two operations a multiplication."""
+    matrix products of one counted step times the steps, two operations a multiplication, without attention (which has no counter
+    on a CPU)."""
     used = {}
     for name in ("metrics", "timing"):
         path = folder / f"{name}.csv"

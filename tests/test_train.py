@@ -519,7 +519,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(trainer):
 def test_training_stops_with_advice_after_a_few_steps_that_are_not_finite(trainer):
     model = trainer.policy()
     before = model.head.clone()
-    message = "toy: the loss or gradient was not finite 6 times, last at step 5; try a lower learning rate than 0.01"
+    message = "toy: the loss or gradient was not finite 6 times, last at step 5; start again with a lower learning rate than 0.01"
     with pytest.raises(Stopped, match=message) as stopped:
         trainer.optimise("toy", model, 50, 0.01, toy(model, [math.nan] * 50))
     assert stopped.value.status == 1 and torch.equal(model.head, before) and len(rows(trainer.folder)) == 5
