@@ -26,8 +26,10 @@ because a low temperature alone makes a model look better and duller.
 """
 
 import argparse
+import base64
 import csv
 import functools
+import html
 import itertools
 import json
 import math
@@ -504,6 +506,23 @@ def table(result):
     if "compose_heldout" in rows[0]:
         lines.append("left of |: prompts as in the captions of pictures; right: three objects, whose pictures never came with a caption")
     return "\n".join(lines)
+
+
+def report(folder):
+    """A finished run as one self-contained page of HTML: warnings, pictures before and after, table, curves, configuration."""
+    result = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    meta, say = result["meta"], lambda x: html.escape(str(x))
+    picture = lambda name: base64.b64encode((folder / name).read_bytes()).decode()  # noqa: E731
+    image = lambda name: f'<img src="data:image/png;base64,{picture(name)}" alt="{name}">' if (folder / name).is_file() else ""  # noqa: E731
+    health = "".join(f"<li>{say(w)}</li>" for w in meta["health"]) or "<li>nothing that worries</li>"
+    title = f"{meta['method']}, seed {meta['seed']}, {meta['data']}, {meta['preset']} preset"
+    facts = "\n".join(f"{k}: {meta[k]}" for k in ("command", "commit", "machine", "versions", "seconds"))
+    style = "body{font:16px/1.5 system-ui;max-width:68rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}pre{overflow-x:auto}"
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{say(title)}</title><style>{style}</style><h1>{say(title)}</h1><h2>Health</h2><ul>{health}</ul>
+<h2>Before and after</h2>{image("samples/before_after.png")}<h2>Test scenes</h2><pre>{say(table(result))}</pre>
+<h2>Curves</h2>{image("curves.png")}<h2>Run</h2><pre>{say(facts)}\n{say(json.dumps(meta["config"], indent=1))}</pre></html>
+"""
 
 
 def show(cell):

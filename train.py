@@ -4,7 +4,7 @@
   codebook    patches <-> codes, words <-> ids         pictures; texts                             codebook.safetensors, tokenizer.json
   pretrain    the base policy: next token              noisy pairs, clean questions                base.safetensors
   clip        the reward's CLIP, and a second one      noisy pairs; the second: clean pairs of     clip.safetensors, clip_report.safetensors
-              that only reports                        other scenes                                reward_validity.json
+              that only reports                        all scenes, another seed                    reward_validity.json
   preference  a reward from pairs, only if             edited captions and pictures, samples of    preference.safetensors
               --reward is learned or mix               the base ranked by the CLIP score           preference_validity.json
   grpo        the aligned policy                       its own samples, rewarded; prompts alone    aligned.safetensors
@@ -643,7 +643,7 @@ class Trainer:
         return Rewards(clip, self.vocab, preference=preference, weights=MIXES[mix])
 
     def clip_stage(self):
-        """The reward's CLIP on noisy pairs; a second one, of another seed, on clean pairs of other scenes, that only reports."""
+        """The reward's CLIP on noisy pairs; a second one, of another seed, on clean pairs of all pools, that only reports."""
         c = self.config
         everything = ("paired", "prompted", "three", "heldout")
         reports = c.clip_steps * 2 // 5  # clean pairs teach faster
@@ -870,6 +870,7 @@ class Trainer:
         out = first | {"sources": results, "meta": meta} if len(results) > 1 else first | {"meta": meta}
         (self.folder / "items.json").write_text(json.dumps(items), encoding="utf-8")
         write_json(self.folder / "eval.json", out)
+        (self.folder / "report.html").write_text(evaluation.report(self.folder), encoding="utf-8")
 
     def base_results(self):
         """What the run of --base measured, by source, if it measured the same base on the same scenes; else {}."""

@@ -1,5 +1,6 @@
 """The judge, the numbers with their intervals, what a model can do, and the playground on a finished run."""
 
+import html
 import json
 import math
 import random
@@ -535,3 +536,11 @@ def test_the_group_mean_takes_noise_out_of_the_gradient(smoke):
     found = evaluation.gradient_noise(smoke, groups=(2, 8), samples=32, repeats=6)
     assert set(found) == {(g, b) for g in (2, 8) for b in ("none", "batch", "group")}
     assert 0 < found[8, "group"][0] < found[8, "none"][0]  # rewards are log-probabilities: without a mean, all is discouraged
+
+
+def test_the_report_of_a_run_is_one_page_that_needs_no_other_file(smoke):
+    page = (smoke / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 2 and not re.search(r'(src|href)="(?!data:)', page)
+    result = json.loads((smoke / "eval.json").read_text())
+    assert f"{result['aligned']['understanding']['vqa']['value']:.3f} [" in page and "lvrpo, seed 0" in page
+    assert all(html.escape(w) in page for w in result["meta"]["health"]) and "&quot;grpo_steps&quot;: 4" in page

@@ -187,7 +187,7 @@ def test_the_run_leaves_the_files_of_the_design(smoke):
     assert there == {
         "config.json", "tokenizer.json", "words.json", "codebook.safetensors", "base.safetensors", "clip.safetensors",
         "clip_report.safetensors", "aligned.safetensors", "reward_validity.json", "metrics.csv", "timing.csv", "curves.png",
-        "reward_validity_aligned.json", "eval.json", "items.json", "samples.gif", "samples/base.png", "samples/aligned.png",
+        "reward_validity_aligned.json", "eval.json", "items.json", "report.html", "samples.gif", "samples/base.png", "samples/aligned.png",
         "samples/before_after.png",
         "samples/grpo_0000.png", "samples/grpo_0004.png"}  # fmt: skip
     for picture in (name for name in there if name.endswith(("png", "gif"))):
