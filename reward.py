@@ -9,14 +9,15 @@ edits ("a red circle" against "a red square", "a blue circle", ...)? Answers are
   (R2) L = 1/2 CE(rows of a*s) + 1/2 CE(columns of a*s)                symmetric InfoNCE, a = exp(learned log-scale);
                   equal captions are positives of each other; each row has false edits of its own caption as
                   further negatives (NegCLIP, arXiv 2210.01936)
-  (R3) r(x, c) = log [ exp(a s(x,c)) / sum_{c' in c + edits of c} exp(a s(x,c')) ]   the CLIP reward, in [FLOOR, 0]
+  (R3) r(x, c) = log [ exp(a s(x,c)) / sum_{c' in c + edits of c} exp(a s(x,c')) ]   the CLIP score, in [FLOOR, 0]
   (R4) r = 1 if the answer is the key, else 0                          exact match
-  (R5) agreement = share of (right, wrong) pairs in a group that the reward puts in order     validity, before RL
+  (R5) agreement = share of (right, wrong) pairs in a group that the reward puts in order     validity, before and after RL
+  (R9) min(r, log SURE)                                                the CLIP reward of drawings and captions
 
-Why (R3) and not s itself: among correct candidates s still differs a little, for no reason that matters. (R3) is flat
-near 0 when a picture is right, and keeps a slope when all candidates are wrong. Why (R1) and not one vector a picture:
-prompts name three objects, training pairs one or two, and parts that are matched one by one should still add up. These
-are reasons, not results: s itself and pooled vectors have not been compared with them here.
+Why (R9) and not s itself: among correct candidates s and (R3) still differ a little, for no reason that matters, and a
+policy that follows them draws the same few pictures. (R9) is flat when a picture is right, and keeps the slope of (R3)
+when all candidates are wrong. Why (R1) and not one vector a picture: prompts name three objects, training pairs one or
+two, and parts that are matched one by one should still add up. (Pooled vectors have not been compared with them here.)
 
 The second reward is learned from preferences: of two pictures for a text, or two texts for a picture, one is better.
 
@@ -41,6 +42,7 @@ from data import COUNTS, END_THINK, FASHION_CLASSES, NOISE, PAD, THINK, edits, i
 from model import Block, RMSNorm, rotation
 
 FLOOR = -6.0  # the learned rewards are cut here: a hopeless candidate is not worse than a bad one
+SURE = 0.5  # likelier than all its edits together is sure enough: for a reward to stop rising, for a noisy caption to be believed
 
 
 def cut(pictures, patch, device):
@@ -381,7 +383,7 @@ class Rewards:
                 parts["format"] = torch.tensor([well_formed(text) for text in outputs])
         return {name: value.float().cpu().view(len(examples), group) for name, value in parts.items()}
 
-    def believes(self, sources, examples, rng, level=0.5):
+    def believes(self, sources, examples, rng):
         """(N,) bool: is the caption of each pre-training example likelier than its edits together, by (R3)? A caption that
         the reward takes for noise is not learned from again. Examples without a caption to judge pass."""
         kept = torch.ones(len(examples), dtype=torch.bool)
@@ -390,12 +392,12 @@ class Rewards:
         judged = [i for i, others in enumerate(edits) if others]
         if judged:
             pictures = torch.stack([torch.as_tensor(examples[i].picture) for i in judged])
-            kept[judged] = (self._match(pictures, [texts[i] for i in judged], [edits[i] for i in judged]) > math.log(level)).cpu()
+            kept[judged] = (self._match(pictures, [texts[i] for i in judged], [edits[i] for i in judged]) > math.log(SURE)).cpu()
         return kept
 
     def _judge(self, pictures, texts, edits):
         """The part of each learned reward: by the CLIP and, where there is one, by the preference model."""
-        parts = {"clip": self._match(pictures, texts, edits)}
+        parts = {"clip": self._match(pictures, texts, edits).clamp(max=math.log(SURE))}  # (R9)
         return parts if self.preference is None else parts | {"preference": self.preference.score(self.vocab, pictures, texts)}
 
     def _match(self, pictures, texts, edits):

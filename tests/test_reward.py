@@ -28,6 +28,7 @@ from reward import (
     CLIP,
     FLOOR,
     MIXES,
+    SURE,
     PreferenceModel,
     Rewards,
     agreement,
@@ -459,7 +460,14 @@ def test_a_drawing_is_compared_with_its_own_prompt(rewards, clip, vocab, picture
     some = [Example("draw", None, text, "") for text in ("a red circle", "a blue square and a green triangle")]
     found = rewards(world, "draw", some, pictures[:4], random.Random(1))["clip"]
     edits = [world.negatives(again, e.prompt, 4) for again in [random.Random(1)] for e in some]
-    torch.testing.assert_close(found.flatten(), match_logprob(clip, vocab, pictures[:4], [e.prompt for e in some], edits))
+    plain = match_logprob(clip, vocab, pictures[:4], [e.prompt for e in some], edits)
+    torch.testing.assert_close(found.flatten(), plain.clamp(max=math.log(SURE)))
+
+
+def test_a_reward_stops_rising_where_it_is_sure_enough(rewards, pictures, monkeypatch):
+    monkeypatch.setattr(rewards, "_match", lambda *_: torch.tensor([-7.0, -1.0, -0.6, -0.1]).clamp(min=FLOOR))
+    found = rewards(World(), "draw", [Example("draw", None, "a red circle", "")], pictures[:4], random.Random(0))["clip"]
+    torch.testing.assert_close(found, torch.tensor([[-6.0, -1.0, math.log(0.5), math.log(0.5)]]))
 
 
 def test_a_malformed_caption_gets_the_floor_and_no_format_and_harms_no_other(rewards, pictures):
