@@ -513,7 +513,8 @@ def test_an_ablation_trains_its_variants_from_one_base_and_shares_the_default(tm
         return out
 
     monkeypatch.setattr(evaluation, "trained", instead)
-    config = dict.fromkeys(("preset", "device", "data", "data_dir", "width", "layers", "heads", "patch", "jitter", "clip_width"), 1)
+    names = ("preset", "device", "data", "data_dir", "width", "layers", "heads", "patch", "codes", "jitter", "clip_width")
+    config = dict.fromkeys(names, 1)
     (tmp_path / "config.json").write_text(json.dumps(config))
     text = evaluation.ablate("kl", tmp_path, tmp_path / "out", seeds=2, jobs=2)
     assert len(started) == 2 + 4 * 2 and started["default-0"]["base"] == tmp_path
