@@ -852,6 +852,7 @@ class Vocabulary:
 
 
 def main():
+    """One scene of each pool with its texts; scenes a second."""
     rng = random.Random(0)
     for pool in COUNTS:
         scene = sample_scene(rng, pool)

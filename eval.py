@@ -706,7 +706,7 @@ def ablate(name, run, out, seeds=3, jobs=1, **flags):
         def one(variant, seed):
             change = ABLATIONS[name][variant]
             folder = out / "-".join([*(f"{k}-{v}" for k, v in change.items()), str(seed)])
-            return outcome(trained(folder, base=defaults[seed], seed=seed, **flags, **change) if change else defaults[seed])
+            return outcome(trained(folder, base=defaults[seed], seed=seed, **(flags | change)) if change else defaults[seed])
 
         plan, table = [(variant, seed) for variant in ABLATIONS[name] for seed in range(seeds)], {}
         for (variant, _), row in zip(plan, pool.map(lambda key: one(*key), plan)):

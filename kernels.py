@@ -411,6 +411,7 @@ def benchmark(device: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The check, then the table of time and memory; 1 if the check fails."""
     parser = argparse.ArgumentParser(description="Check the fused loss, then compare its time and memory.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--seed", type=int, help="of the random inputs; default: a new one")

@@ -327,6 +327,7 @@ def completion_mask(batch, tokens):
 
 
 def main():
+    """A codebook, an untrained model, and how fast it samples."""
     rng, world = random.Random(0), World()
     examples = [world.example(rng, "draw") for _ in range(512)]
     pictures = np.stack([e.picture for e in examples])

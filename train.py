@@ -17,10 +17,10 @@
   reject      next tokens                              the best of each group of its own samples   aligned.safetensors
   dpo         preferences                              the best and the worst of each group        aligned.safetensors
   best        nothing                                  the reward chooses among 8 when asked       aligned.safetensors
-  eval        nothing                                  test scenes                                 eval.json, curves.png, samples/
+  eval        nothing                                  test scenes                                 eval.json, report.html, samples/
 
   (T1) L = sum_task weight_task * L_grpo(task) + ptx_coef * L_nexttoken     the pre-training loss is kept in the GRPO
-           step (InstructGPT's PPO-ptx), against forgetting; what it is worth here has not been measured
+           step (InstructGPT's PPO-ptx), against forgetting; without it and the KL the reward is hacked (README)
 
   (T2) L_nexttoken = - sum_t w_t logprob_t / sum_t w_t,  over the chosen tokens of a batch, w_t = TOKEN_WEIGHT of the task
 
@@ -331,6 +331,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """Move every weight that has a gradient."""
         for group in self.param_groups:
             alike = defaultdict(list)  # shape: [(weight, update with the short side first)]
             for p in (p for p in group["params"] if p.grad is not None):
@@ -560,21 +561,22 @@ class Trainer:
             total, weights, count = total - weight @ logprobs[0], weights + weight.sum(), count + len(weight)
         return total / weights, count  # (T2)
 
-    def next_token_losses(self, stage, model, labelled=False, objective=None):
-        """The losses of a next-token stage for `optimise`: (T2), and a baseline's objective on the same pairs beside it."""
+    def next_token_losses(self, stage, model, labelled=False, objective=None, words=True):
+        """The losses of a next-token stage for `optimise`: (T2), and a baseline's objective on the same rows beside it: on
+        the pictures that come with a caption, or, without `words`, on all pictures."""
 
         def losses(step):
+            """Of one batch."""
             rng = self.rng(stage, step)
             rows = self.pairs(rng, self.config.batch, labelled=labelled)
             loss, tokens = self.next_token_loss(model, rows)
             parts, row = {"nll": loss}, {"tokens": tokens, "labels": sum(e.task in ("ask", "reason") for _, e, _ in rows)}
-            told = [e for _, e, alone in rows if e.task in ("draw", "caption") and not alone]
-            if objective is masked_code_loss:  # needs no words: all pictures
-                told = [e for _, e, alone in rows if e.task != "text" and not (alone and e.task == "caption")]
-            if objective and told:
-                codes = self.codebook.encode(np.stack([e.picture for e in told])).to(self.device)
+            shown = [(e, alone) for _, e, alone in rows if e.task != "text" and not (alone and e.task == "caption")]
+            some = [e for e, alone in shown if not words or (e.task in ("draw", "caption") and not alone)]
+            if objective and some:
+                codes = self.codebook.encode(np.stack([e.picture for e in some])).to(self.device)
                 with self.autocast():
-                    parts[stage] = OBJECTIVE_WEIGHT * objective(model, self.vocab, codes, [e.prompt or e.answer for e in told], rng)
+                    parts[stage] = OBJECTIVE_WEIGHT * objective(model, self.vocab, codes, [e.prompt or e.answer for e in some], rng)
                 row[f"loss_{stage}"] = float(parts[stage].detach())
             yield parts, row
 
@@ -618,7 +620,7 @@ class Trainer:
         self.go_on("contrast", objective=contrastive_loss)
 
     def masked_stage(self):
-        self.go_on("masked", objective=masked_code_loss)
+        self.go_on("masked", objective=masked_code_loss, words=False)
 
     def labels_stage(self):
         self.go_on("labels", labelled=True)
@@ -653,6 +655,7 @@ class Trainer:
             clip = CLIP(self.vocab.n_text, c.patch, width=c.clip_width).to(self.device)
 
             def losses(step):
+                """Pairs, each caption with its false edits."""
                 rng, examples, edited = self.rng(stage, step), [], []
                 for _ in range(c.clip_batch):
                     source = rng.choice(self.sources)
@@ -675,6 +678,7 @@ class Trainer:
         ranked = self.ranked_samples()
 
         def losses(step):
+            """Pairs, half of them made, half sampled."""
             rng = self.rng("preference", step % math.ceil(c.pair_limit / c.pairs) if c.pair_limit else step)
             source = rng.choice(self.sources)
             own = rng.sample(ranked, min(c.pairs // 2, len(ranked)))
@@ -769,6 +773,7 @@ class Trainer:
             return r, self.advantages(r, parts, rewards.weights)
 
         def losses(step):
+            """One rollout of every task, then --epochs passes over them."""
             rng = self.rng(stage, step)
             rollouts = [sampled(rng, task) for task in GRPO_TASKS if any(task in s.tasks for s in self.sources)]
             row = {}
@@ -852,8 +857,8 @@ class Trainer:
                 rewards=self.rewards() if c.method == "best" else None, known=known.get(source.name))  # fmt: skip
             results[source.name], items[source.name] = result, result.pop("items")
             print(f"\n{source.name}\n{evaluation.table(result)}")
-        for warning in health(self.folder):
-            print(f"health: {warning}")
+        warnings = health(self.folder)
+        print("\n".join(f"health: {warning}" for warning in warnings))
         before, after = (self.draw_samples(model, name) for name, model in models.items())
         both = [(prompt, np.concatenate((a[:4], b[:4])), [*x[:4], *y[:4]]) for (prompt, a, x), (_, b, y) in zip(before, after)]
         contact_sheet(both, ("before", "after")).save(self.folder / "samples" / "before_after.png")
@@ -866,7 +871,7 @@ class Trainer:
         used = (ledger(Path(c.base)) if c.base else {}) | ledger(self.folder)
         rewarding = () if c.method in MORE else ("clip",) if c.reward == "rule" else ("clip", "preference")
         used = {stage: used[stage] for stage in ("pretrain", *rewarding, "clip_report", LAST[c.method]) if stage in used}
-        meta = describe(c) | {"seconds": seconds, "ledger": used, "device": self.reason, "health": health(self.folder), **self.memory()}
+        meta = describe(c) | {"seconds": seconds, "ledger": used, "device": self.reason, "health": warnings, **self.memory()}
         out = first | {"sources": results, "meta": meta} if len(results) > 1 else first | {"meta": meta}
         (self.folder / "items.json").write_text(json.dumps(items), encoding="utf-8")
         write_json(self.folder / "eval.json", out)

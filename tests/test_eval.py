@@ -525,6 +525,19 @@ def test_an_ablation_trains_its_variants_from_one_base_and_shares_the_default(tm
     assert "0.02" in text and (tmp_path / "out" / "kl.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("name", ["group", "reward", "pairs"])
+def test_every_variant_of_every_ablation_starts(tmp_path, monkeypatch, name):
+    started = []
+    monkeypatch.setattr(evaluation, "trained", lambda out, **flags: started.append(flags) or out)
+    monkeypatch.setattr(evaluation, "outcome", lambda folder: {"compose": 0.5})
+    names = ("preset", "device", "data", "data_dir", "width", "layers", "heads", "patch", "codes", "jitter", "clip_width")
+    (tmp_path / "config.json").write_text(json.dumps(dict.fromkeys(names, 1)))
+    (tmp_path / "out").mkdir()
+    evaluation.ablate(name, tmp_path, tmp_path / "out", seeds=1)
+    for change in evaluation.ABLATIONS[name].values():
+        assert any(flags | change == flags for flags in started)
+
+
 def test_the_variants_of_an_ablation_are_what_their_names_say():
     for name, change in evaluation.ABLATIONS["group"].items():
         flags = {"group_size": 8, "prompts": 16} | change
