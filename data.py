@@ -426,7 +426,7 @@ class World:
         while len(scenes) < n:
             scene, kinds = sample_scene(rng, "paired", self.jitter), {}
             for kind, e in scene_edits(scene):
-                if len(e) < 3 and in_pool("paired", [o.kind for o in e]):
+                if kind != "twice" and len(e) < 3 and in_pool("paired", [o.kind for o in e]):
                     kinds.setdefault(kind, []).append(e)
             scenes += [scene, *(rng.choice(rng.choice(list(kinds.values()))) for _ in range(family - 1))]
         captions = [true_caption(rng, scene) for scene in scenes[:n]]

@@ -346,32 +346,39 @@ class Rollout:
     hi: Tensor
     mask: Tensor  # (N, T) bool: the policy chose it
     rewards: Tensor  # (B, G)
+    parts: dict  # name: (B, G), what the rewards are made of
     stats: dict  # numbers for the log
     old_logprobs: Tensor | None = None  # (N, T); the first pass of rollout_loss fills them in
     ref_logprobs: Tensor | None = None
 
 
-def rollout(policy, batch, group_size, reward_fn, vocab, generator=None, temperature=1.0, task=""):
-    """Sample G candidates for each of the B templates of a Batch and reward them.
+def rollout(policy, batch, group_size, reward_fn, vocab, generator=None, temperature=1.0, task="", keep=None):
+    """Sample G candidates for each of the templates of a Batch, reward them, and keep the `keep` templates (all, if None)
+    whose rewards have the widest spread: a group of equal candidates teaches nothing (DAPO's dynamic sampling, arXiv:2503.14476).
 
-    reward_fn(repeated batch, tokens (N, L)) -> (rewards (B, G), dict of parts (B, G))."""
+    reward_fn(repeated batch, tokens (N, L)) -> (rewards (B, G), dict of parts (B, G)). The stats are of all that was sampled."""
     clock = [time.perf_counter()]
     tokens = sample(policy, batch, vocab, generator, temperature, group=group_size)
     clock.append(time.perf_counter())
     repeated = batch.repeat(group_size)
     rewards, parts = reward_fn(repeated, tokens)
     clock.append(time.perf_counter())
-    start, length = first_choices(repeated)
-    mask = tails(completion_mask(repeated, tokens), start, length, False)
-    longest = int(mask.any(0).nonzero().max()) + 1
-    tail, patch, lo, hi = (tails(x, start, longest) for x in (tokens, repeated.patch, repeated.lo, repeated.hi))
-    spread = rewards.max(1).values - rewards.min(1).values
+    spread = rewards.amax(1) - rewards.amin(1)
+    chosen = completion_mask(repeated, tokens)
     stats = {f"reward_{task}": rewards.mean(), f"zero_spread_{task}": (spread < 1e-6).float().mean(),
-             f"length_{task}": mask.sum(1).float().mean(), "tokens": mask.sum()}  # fmt: skip
+             f"length_{task}": chosen.sum(1).float().mean(), "tokens": chosen.sum()}  # fmt: skip
     stats |= {f"{task}_{name}": value.mean() for name, value in parts.items()}
     stats = {name: float(value) for name, value in stats.items()}
     stats |= {"seconds_sample": clock[1] - clock[0], "seconds_reward": clock[2] - clock[1]}
-    return Rollout(task, batch, tail, patch, lo, hi, mask[:, :longest], rewards.to(mask.device), stats)
+    best = spread.topk(min(keep or len(spread), len(spread))).indices.sort().values
+    rows = (best[:, None] * group_size + torch.arange(group_size, device=best.device)).flatten().to(tokens.device)
+    start, length = first_choices(repeated)
+    mask = tails(chosen, start, length, False)[rows]
+    longest = int(mask.any(0).nonzero().max()) + 1
+    tail, patch, lo, hi = (tails(x, start, longest)[rows] for x in (tokens, repeated.patch, repeated.lo, repeated.hi))
+    kept = Batch(*(x[best.to(x.device)] for x in batch))
+    rewards, parts = rewards[best].to(mask.device), {name: value[best].to(mask.device) for name, value in parts.items()}
+    return Rollout(task, kept, tail, patch, lo, hi, mask[:, :longest], rewards, parts, stats)
 
 
 def score(hidden, head, chosen, lo, hi, temperature):

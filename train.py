@@ -187,7 +187,9 @@ ALONE = 0.2  # share of the pictures to draw that come without words, half of th
 # without a picture, all of three objects: pictures alone and texts alone are cheap. It is what guidance needs, and it lets
 # a policy sample, once in a while, what no pair ever showed it
 OBJECTIVE_WEIGHT = 0.5  # of the contrastive and the masked-code loss beside the next-token loss
-GRPO_PROMPTS = {"draw": 1.0, "caption": 1.0, "ask": 1.0, "reason": 0.25}  # prompts of each task, as a share of --prompts
+GRPO_PROMPTS = {"draw": (1, 1), "caption": (0.5, 0.5), "ask": (4, 1), "reason": (2, 1)}  # prompts of each task, as shares of
+# --prompts: sampled, and learned from. Of ten groups of answers seven have no spread, so questions are sampled in plenty: an
+# answer is one word
 GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5}  # weight of each task's mean token loss: a picture's
 # reward is spread over 16 tokens or 64, a short answer's over two, so the mean over tokens would let answers dominate
 
@@ -357,12 +359,12 @@ def make_optimizers(model, lr):
 
 
 def schedule(step, steps, warmup=30, decay=0.4):
-    """Share of the peak learning rate: linear up, flat, linear down to 0 over the last part of the steps.
+    """Share of the peak learning rate: linear up (over a tenth of a short run), flat, linear down to 0 over the last part of the steps.
 
-    >>> [round(schedule(step, 100), 2) for step in (0, 29, 50, 80, 99)]
-    [0.03, 1.0, 1.0, 0.5, 0.03]
+    >>> [round(schedule(step, 100), 2) for step in (0, 9, 50, 80, 99)]
+    [0.1, 1.0, 1.0, 0.5, 0.03]
     """
-    return min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
+    return min(1.0, (step + 1) / min(warmup, max(steps / 10, 1)), (steps - step) / (decay * steps))
 
 
 def flat_state(model, optimizers):
@@ -757,20 +759,19 @@ class Trainer:
         def sampled(rng, task):
             """One rollout of a task, from one source."""
             source = rng.choice([s for s in self.sources if task in s.tasks])
-            n = max(round(c.prompts * GRPO_PROMPTS[task]), 1)
-            examples = [source.example(rng, task, source.prompt_pool(rng, task)) for _ in range(n)]
+            asked, kept = (max(round(c.prompts * share), 1) for share in GRPO_PROMPTS[task])
+            examples = [source.example(rng, task, source.prompt_pool(rng, task)) for _ in range(asked)]
             batch = self.vocab.batch(examples, self.codebook.encode(np.stack([e.picture for e in examples])), self.device)
-            parts = {}
 
             def reward(filled, tokens):
                 outputs = evaluation.decode(self.vocab, self.codebook, task, filled, tokens)
-                outputs = np.stack(outputs) if task == "draw" else outputs
-                parts.update(rewards(source, task, examples, outputs, rng))
+                parts = rewards(source, task, examples, np.stack(outputs) if task == "draw" else outputs, rng)
                 return rewards.total(parts), parts
 
             with self.autocast():
-                r = rollout(policy, batch, c.group_size, reward, self.vocab, self.generator(rng), c.temperature, task)
-            return r, self.advantages(r, parts, rewards.weights)
+                r = rollout(policy, batch, c.group_size, reward, self.vocab, self.generator(rng), c.temperature, task, kept)
+            r.stats |= {"labels": asked} if task in ("ask", "reason") else {}
+            return r, self.advantages(r, rewards.weights)
 
         def losses(step):
             """One rollout of every task, then --epochs passes over them."""
@@ -793,22 +794,20 @@ class Trainer:
                     parts["ptx"], row["nll"] = c.ptx_coef * nll, float(nll.detach())  # (T1)
                     row["ptx_tokens"] = row.get("ptx_tokens", 0) + tokens
                     row["labels"] = row.get("labels", 0) + sum(e.task in ("ask", "reason") for _, e, _ in rows)
-                if epoch == 0:
-                    row["labels"] = row.get("labels", 0) + sum(len(r.rewards) for r, _ in rollouts if r.task in ("ask", "reason"))
-                    if stage == "dpo":
-                        row["pairs"] = sum(len(best_and_worst(r.rewards)[0]) for r, _ in rollouts)
+                if epoch == 0 and stage == "dpo":
+                    row["pairs"] = sum(len(best_and_worst(r.rewards)[0]) for r, _ in rollouts)
                 yield parts, row
 
         self.optimise(stage, policy, c.grpo_steps, c.grpo_lr, losses, self.watcher())
         save_atomically(policy.state_dict(), self.folder / "aligned.safetensors")
 
-    def advantages(self, r, parts, weights):
+    def advantages(self, r, weights):
         """(N,) advantages of a rollout by --advantage and --scale."""
         if self.config.advantage == "mean":
             return group_advantages(r.rewards, self.config.scale).flatten()
         if self.config.advantage == "pairwise":
             return pairwise_advantages(r.rewards).flatten()
-        return combine_rewards(parts, {k: weights[k] for k in parts}, "normalize_then_sum").flatten().to(r.rewards.device)
+        return combine_rewards(r.parts, {k: weights[k] for k in r.parts}, "normalize_then_sum").flatten()
 
     # ------------------------------------------------------------ looking at it
 
@@ -892,7 +891,7 @@ class Trainer:
         c = self.config
         done = {"codebook": "codebook.safetensors", "pretrain": "base.safetensors", "clip": "reward_validity.json",
                 "preference": "preference_validity.json", "eval": "eval.json"}  # fmt: skip
-        every = [s for s in STAGES[c.method] if s != "preference" or c.reward != "rule"]
+        every = [s for s in STAGES[c.method] if s != "preference" or (c.reward != "rule" and c.method not in MORE)]
         wanted = every if c.stage == "all" else [s for s in STAGES[c.method] if s in c.stage.split(",")]
         for stage in wanted:
             if (self.folder / done.get(stage, "aligned.safetensors")).exists() and not (c.stage != "all" and stage == "eval"):

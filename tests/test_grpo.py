@@ -402,6 +402,27 @@ def rolled(vocab, codebook):
     return make
 
 
+def test_a_rollout_keeps_the_prompts_whose_rewards_are_widest_apart(vocab, codebook):
+    policy, world, G = lively_model(vocab, codebook, 0), World(), 4
+    examples = [world.example(random.Random(i), "ask") for i in range(5)]
+    batch = vocab.batch(examples, codebook.encode(np.stack([e.picture for e in examples])))
+    spread = torch.tensor([0.0, 3.0, 1.0, 0.0, 2.0])
+    given = spread[:, None] * torch.tensor([0.0, 1.0, 0.5, 0.0])
+
+    def reward(repeated, tokens):
+        return given, {"exact": 2 * given}
+
+    def sampled(**how):
+        return rollout(policy, batch, G, reward, vocab, torch.Generator().manual_seed(0), task="ask", **how)
+
+    everything, r = sampled(), sampled(keep=2)
+    rows = [4, 5, 6, 7, 16, 17, 18, 19]  # the groups of prompts 1 and 4, in their order
+    assert torch.equal(r.rewards, given[[1, 4]]) and torch.equal(r.parts["exact"], 2 * given[[1, 4]])
+    assert torch.equal(r.batch.tokens, batch.tokens[[1, 4]]) and torch.equal(r.tail, everything.tail[rows][:, : r.tail.shape[1]])
+    assert r.stats["zero_spread_ask"] == pytest.approx(0.4) and r.stats["tokens"] == everything.stats["tokens"]  # of all five
+    assert len(everything.rewards) == len(sampled(keep=9).rewards) == 5
+
+
 def plain_logprobs(model, batch, tokens, temperature):
     """Log-probs of all ids at every position, (N, L-1, V), from whole sequences: the oracle."""
     logits = model(tokens[:, :-1], batch.patch[:, :-1]) @ model.head.T / temperature
