@@ -15,7 +15,8 @@ A kind is a colour and a shape (12 of them); what is held out are *co-occurrence
 every patch a held-out picture needs has been seen in pre-training (tests/test_data.py asserts it).
 
 Web captions are noisy, so pre-training captions are too (NOISE): a wrong word (independent noise, which a low sampling
-temperature undoes), an omitted attribute, an omitted or reversed relation (structured noise). Questions are clean.
+temperature undoes), an omitted attribute, an omitted or reversed relation (structured noise). Answers are vague more often
+than not ("left" for "top-left", "some" for "two"): the most likely answer is then a vague one, at any temperature.
 
 A task is a *template* of tokens: entries >= 0 are given, -1 is chosen by the policy from its allowed range [lo, hi).
   draw     <bos> <draw> words <image>                      -> codes
@@ -61,7 +62,7 @@ ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 BACKGROUND = (16, 16, 20)
 KINDS = [(color, shape) for color in COLORS for shape in SHAPES]
-NOISE = {"wrong": 0.15, "omit": 0.15, "unrelate": 0.2, "reverse": 0.2}  # chances per pre-training caption
+NOISE = {"wrong": 0.15, "omit": 0.15, "unrelate": 0.2, "reverse": 0.2, "vague": 0.7}  # chances per pre-training caption, or answer
 
 
 class Object(NamedTuple):
@@ -358,6 +359,15 @@ def question(rng, scene):
         f"where is the {o.color} {o.shape} ?", f"{ROWS[o.row]}-{COLUMNS[o.column]}")
 
 
+def vague(answer):
+    """An answer as careless people give it: no row of a place, no number above one. Other answers stay as they are.
+
+    >>> [vague(answer) for answer in ("top-left", "two", "one", "red")]
+    ['left', 'some', 'one', 'red']
+    """
+    return "some" if answer in ("two", "three") else answer.split("-")[-1]
+
+
 def multihop_question(rng, scene):
     """A two-hop question, its steps and answer: find an object, step to its neighbour, read an attribute.
 
@@ -398,14 +408,15 @@ class World:
         self.jitter = jitter
 
     def example(self, rng, task, pool="paired", noise=None, split="train"):
-        """One example of a task from a pool. noise: chances as in NOISE, or None for clean captions.
+        """One example of a task from a pool. noise: chances as in NOISE, or None for clean captions and answers.
         Splits differ only by the rng that is passed (another seed, other scenes)."""
         if task == "text" and rng.random() < 0.3:
             pool = "three"  # text alone is cheap and wide: it tells of scenes that no picture shows
         scene = sample_scene(rng, pool, self.jitter, 2 if task == "reason" and pool == "paired" else None)
         picture = render(scene)
         if task == "ask":
-            return Example(task, picture, *question(rng, scene), scene)
+            asked, answer = question(rng, scene)
+            return Example(task, picture, asked, vague(answer) if noise and rng.random() < noise["vague"] else answer, scene)
         if task == "reason":
             asked, steps, answer = multihop_question(rng, scene)
             return Example(task, picture, asked, f"<think> {steps} </think> {answer}", scene)
@@ -417,7 +428,7 @@ class World:
     def texts(self, rng, n):
         """n texts that hold every word of the world: what the tokenizer is trained on."""
         for i in range(n):
-            e = self.example(rng, self.tasks[i % 5], "three" if i % 2 else "paired")
+            e = self.example(rng, self.tasks[i % 5], "three" if i % 2 else "paired", NOISE if i % 2 else None)
             yield f"{e.prompt} {e.answer}"
 
     def lookalikes(self, rng, n, split="train", family=8):

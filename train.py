@@ -2,7 +2,7 @@
 
   stage       learns                                   from                                        leaves in runs/NAME/
   codebook    patches <-> codes, words <-> ids         pictures; texts                             codebook.safetensors, tokenizer.json
-  pretrain    the base policy: next token              noisy pairs, clean questions                base.safetensors
+  pretrain    the base policy: next token              noisy pairs, vague answers                  base.safetensors
   clip        the reward's CLIP, and a second one      noisy pairs; the second: clean pairs of     clip.safetensors, clip_report.safetensors
               that only reports                        all scenes, another seed                    reward_validity.json
   preference  a reward from pairs, only if             edited captions and pictures, samples of    preference.safetensors
@@ -12,7 +12,7 @@
   unified     the obvious alternative                  more of pretrain's pairs                    aligned.safetensors
   contrast    --method clip: and a contrastive loss    the same                                    aligned.safetensors
   masked      --method beit: and masked picture codes  the same                                    aligned.safetensors
-  labels      --method labels                          and questions about three objects           aligned.safetensors
+  labels      --method labels                          and clean answers, about three objects too  aligned.safetensors
     or, by --method, other ways to use the same reward on samples:
   reject      next tokens                              the best of each group of its own samples   aligned.safetensors
   dpo         preferences                              the best and the worst of each group        aligned.safetensors
@@ -526,7 +526,7 @@ class Trainer:
 
     def pairs(self, rng, n, believed=None, labelled=False):
         """n pre-training examples, as (source, example, is what it is given blanked out?), less those that `believed`(sources,
-        examples, rng) -> (N,) bool turns down. labelled: questions as in the GRPO stage, about three objects too."""
+        examples, rng) -> (N,) bool turns down. labelled: questions and answers as in the GRPO stage, clean, about three objects too."""
         rows = []
         for _ in range(n):
             source = rng.choice(self.sources)
@@ -534,7 +534,7 @@ class Trainer:
             alone = task in ("draw", "caption") and rng.random() < ALONE
             pool = "three" if alone and (task == "caption" or rng.random() < 0.5) else "paired"
             pool = source.prompt_pool(rng, task) if labelled and task in ("ask", "reason") else pool
-            rows.append((source, source.example(rng, task, pool, noise=NOISE), alone))
+            rows.append((source, source.example(rng, task, pool, None if labelled and task == "ask" else NOISE), alone))
         if believed:
             told = [row for row in rows if not row[2]]  # no pair, nothing to believe
             kept = itertools.compress(told, believed(*zip(*((s, e) for s, e, _ in told)), rng)) if told else ()
@@ -572,7 +572,8 @@ class Trainer:
             rng = self.rng(stage, step)
             rows = self.pairs(rng, self.config.batch, labelled=labelled)
             loss, tokens = self.next_token_loss(model, rows)
-            parts, row = {"nll": loss}, {"tokens": tokens, "labels": sum(e.task in ("ask", "reason") for _, e, _ in rows)}
+            sure = ("ask", "reason") if labelled else ("reason",)  # the web's answers are no labels
+            parts, row = {"nll": loss}, {"tokens": tokens, "labels": sum(e.task in sure for _, e, _ in rows)}
             shown = [(e, alone) for _, e, alone in rows if e.task != "text" and not (alone and e.task == "caption")]
             some = [e for e, alone in shown if not words or (e.task in ("draw", "caption") and not alone)]
             if objective and some:
@@ -793,7 +794,7 @@ class Trainer:
                     nll, tokens = self.next_token_loss(policy, rows)
                     parts["ptx"], row["nll"] = c.ptx_coef * nll, float(nll.detach())  # (T1)
                     row["ptx_tokens"] = row.get("ptx_tokens", 0) + tokens
-                    row["labels"] = row.get("labels", 0) + sum(e.task in ("ask", "reason") for _, e, _ in rows)
+                    row["labels"] = row.get("labels", 0) + sum(e.task == "reason" for _, e, _ in rows)
                 if epoch == 0 and stage == "dpo":
                     row["pairs"] = sum(len(best_and_worst(r.rewards)[0]) for r, _ in rollouts)
                 yield parts, row
@@ -1017,7 +1018,7 @@ def health(folder):
 
 
 def ledger(folder):
-    """{stage: what it used}: steps, seconds, tokens learned from, labelled questions, preference pairs, and operations: the
+    """{stage: what it used}: steps, seconds, tokens learned from, clean labels, preference pairs, and operations: the
     matrix products of one counted step times the steps, two operations a multiplication, without attention (which has no counter
     on a CPU)."""
     used = {}
