@@ -123,9 +123,14 @@ def match_logprob(clip, vocab, pictures, texts, edits):
     N may be a multiple of len(texts): then each text has a group of consecutive pictures.
     """
     device, group = clip.place.device, len(pictures) // len(texts)
-    row = {}  # the same texts come again and again: each is read once
+    row = {}  # the same texts come again and again: each is read once, beside others of about its length
     which = [[row.setdefault(t, len(row)) for t in (text, *others)] for text, others in zip(texts, edits)]
-    words = clip.text(text_ids(vocab, row, device))[torch.tensor(which, device=device)].repeat_interleave(group, 0)  # (N, 1+E, W, D)
+    ids = text_ids(vocab, row, device)
+    length = (ids > PAD).sum(1)
+    order = length.argsort()
+    parts = [clip.text(ids[some, : length[some[-1]]]) for some in order.tensor_split(min(4, len(order)))]
+    read = torch.cat([F.pad(x, (0, 0, 0, ids.shape[1] - x.shape[1])) for x in parts])[order.argsort()]
+    words = read[torch.tensor(which, device=device)].repeat_interleave(group, 0)  # (N, 1+E, W, D)
     logits = clip.log_scale.exp() * clip.similarity(clip.image(pictures), words, pairs="n")
     return F.log_softmax(logits, -1)[:, 0].clamp(min=FLOOR)  # (R3)
 

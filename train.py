@@ -121,13 +121,13 @@ class Config:
     layers: int = 4  # transformer blocks
     heads: int = 4  # attention heads
     # pre-training
-    pretrain_steps: int = 900  # next-token steps of the base
+    pretrain_steps: int = 1000  # next-token steps of the base
     batch: int = 64  # sequences a step
     lr: float = 4e-3  # peak learning rate: 30 steps up, flat, the last 40% down to 0
     extra_steps: int = 0  # next-token methods: further steps; 0 means as many as fit the seconds of the base run's clip and grpo
     fitting_steps: float = 0.0  # set by --base: how many plain next-token steps fit those seconds
     # reward
-    clip_steps: int = 500  # for the reward's CLIP; the one that reports takes two fifths
+    clip_steps: int = 400  # for the reward's CLIP; the one that reports takes two fifths
     clip_batch: int = 64  # pairs a step
     clip_edits: int = 4  # false edits of each caption, as further negatives
     clip_width: int = 64  # of both encoders
@@ -137,7 +137,7 @@ class Config:
     pair_limit: int = 0  # preference pairs to learn from in all, again and again; 0 means new ones at every step
     pairs: int = 32  # preference pairs a step, half of them made, half sampled from the base and ranked by the CLIP score
     # GRPO
-    grpo_steps: int = 120  # steps: each samples, rewards, scores and learns
+    grpo_steps: int = 60  # steps: each samples, rewards, scores and learns
     prompts: int = 16  # prompts a step, to draw, to caption and to ask; a quarter of it to reason
     group_size: int = 8  # candidates a prompt
     epochs: int = 1  # optimisation passes over a rollout: with more than one the clipping acts
@@ -187,7 +187,7 @@ ALONE = 0.2  # share of the pictures to draw that come without words, half of th
 # without a picture, all of three objects: pictures alone and texts alone are cheap. It is what guidance needs, and it lets
 # a policy sample, once in a while, what no pair ever showed it
 OBJECTIVE_WEIGHT = 0.5  # of the contrastive and the masked-code loss beside the next-token loss
-GRPO_PROMPTS = {"draw": (1, 1), "caption": (0.5, 0.5), "ask": (4, 1), "reason": (2, 1)}  # prompts of each task, as shares of
+GRPO_PROMPTS = {"draw": (1, 1), "caption": (0.5, 0.5), "ask": (4, 1), "reason": (1, 0.5)}  # prompts of each task, as shares of
 # --prompts: sampled, and learned from. Of ten groups of answers seven have no spread, so questions are sampled in plenty: an
 # answer is one word
 GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5}  # weight of each task's mean token loss: a picture's
