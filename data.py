@@ -29,6 +29,7 @@ Symbols: N sequences, L positions, P patches of a picture, K codes of the codebo
     $ python data.py        # draws one scene of each pool with its texts, and times them; 2 seconds
 """
 
+import functools
 import gzip
 import hashlib
 import io
@@ -375,6 +376,73 @@ def multihop_question(rng, scene):
     return f"what {what} is the {noun} {relation} the {anchor.color} {anchor.shape} ?", steps, getattr(o, what)
 
 
+# ---------------------------------------------------------------- sentences that count, true or false of several pictures
+
+NUMBERS = {"1": 1, "one": 1, "2": 2, "two": 2, "3": 3, "three": 3, "4": 4, "four": 4}
+NO_YES, TRUTH = ("no", "yes"), ("false", "true")
+QUANTIFIERS = [("there is a {}", "", 1, 99), ("there is no {}", "", 0, 0)] + [  # words, plural, least and most that make it true
+    (f"there {'is' if n == 1 else 'are'} {how}{word} {{}}", "" if n == 1 else "s", n, most)
+    for word, n in NUMBERS.items() if n < 4 for how, most in (("", 99), ("exactly ", n), ("at least ", 99), ("only ", n))]  # fmt: skip
+
+
+class Row(NamedTuple):
+    """One kind of thing to count. kind: in which scenes; words: with slots in braces and * where the plural's s goes; test(x,
+    **slots) -> is this picture such, or, where `part` is true, test(o, x, **slots) of every object o of a picture x."""
+
+    kind: str
+    words: str
+    test: object
+    part: bool = False
+
+
+def counting_sentence(row, quantifier, values):
+    """(text, holds): one sentence, and the function that tells if it is true of a list of pictures (lists of objects).
+    values: {slot: (word, what it means)}.
+
+    >>> circles = Row("", "{c} circle*", lambda o, x, c: o.kind == (c, "circle"), True)
+    >>> text, holds = counting_sentence(circles, ("there are two {}", "s", 2, 99), {"c": ("red", "red")})
+    >>> red = Object("red", "circle", "big", 0, 0)
+    >>> text, holds([[red], [red]]), holds([[red], []])
+    ('there are two red circles', True, False)
+    """
+    words, plural, least, most = quantifier
+    noun = row.words.format(**{slot: word for slot, (word, _) in values.items()}).replace("x*", f"x{plural and 'e'}*").replace("*", plural)
+    means = {slot: meaning for slot, (_, meaning) in values.items()}
+
+    def holds(pictures):
+        found = (row.test(o, x, **means) for x in pictures for o in x) if row.part else (row.test(x, **means) for x in pictures)
+        return least <= sum(map(bool, found)) <= most
+
+    return words.format(noun), holds
+
+
+def slots_of(row, slots):
+    return {name: slots[name] for name in re.findall(r"{(\w)}", row.words)}
+
+
+def statement(rng, rows, slots, sample, closed=()):
+    """(text, pictures, "true" or "false"), one as likely as the other for every sentence: the words alone tell nothing.
+
+    sample(kind) -> pictures, as lists of objects; closed: texts that must not be made."""
+    while True:
+        row, found = rng.choice(rows), {}
+        values = {slot: rng.choice(list(words.items())) for slot, words in slots_of(row, slots).items()}
+        text, holds = counting_sentence(row, rng.choice(QUANTIFIERS), values)
+        for _ in range(16 if text not in closed else 0):
+            pictures = sample(row.kind)
+            found.setdefault(holds(pictures), pictures)
+            if len(found) == 2:
+                label = rng.random() < 0.5
+                return text, found[label], TRUTH[label]
+
+
+def every_sentence(rows, slots):
+    """All of them: {text: holds}."""
+    return dict(counting_sentence(row, q, dict(zip(found, values)))
+                for row in rows for found in [slots_of(row, slots)] for q in QUANTIFIERS
+                for values in itertools.product(*(words.items() for words in found.values())))  # fmt: skip
+
+
 # ---------------------------------------------------------------- examples: one task, one picture, one prompt, one answer
 
 
@@ -573,7 +641,7 @@ def load_nlvr(root, split):
         image = read(file, root, "a PNG picture", lambda p: Image.open(io.BytesIO(p.read_bytes())).convert("RGB"))
         if image.size != (400, 100):
             raise data_error(file, f"a picture of {image.width}x{image.height}", "400x100", root)
-        boxes = [image.crop((x, 0, x + 100, 100)).resize((32, 32), Image.Resampling.BOX) for x in (0, 150, 300)]
+        boxes = [shrink(image.crop((x, 0, x + 100, 100))) for x in (0, 150, 300)]
         examples.append((np.stack(boxes), sentence, label))
     return examples
 
@@ -666,6 +734,158 @@ def download(name, data_dir):
         raise ValueError(f"{url}: {error}; try again later, or put the official files at {root}") from error
 
 
+# ---------------------------------------------------------------- scenes and sentences in the style of SHAPES and of NLVR
+
+
+@functools.cache
+def coverage(shape, width, canvas):
+    """(canvas, canvas) float: the share of each pixel that a shape of this width in the middle covers, as both data sets draw.
+
+    >>> coverage("triangle", 4, 4).round(1).tolist()
+    [[0.0, 0.2, 0.2, 0.0], [0.0, 0.8, 0.8, 0.0], [0.2, 1.0, 1.0, 0.2], [0.8, 1.0, 1.0, 0.8]]
+    """
+    y, x = (np.mgrid[: 8 * canvas, : 8 * canvas] + 0.5) / 8 - canvas / 2
+    inside = {"square": np.maximum(abs(x), abs(y)) < width / 2, "circle": x**2 + y**2 < width**2 / 4,
+              "triangle": (abs(y) < width / 2) & (2 * abs(x) < y + width / 2)}[shape]  # fmt: skip
+    return inside.reshape(canvas, 8, canvas, 8).mean((1, 3))
+
+
+STEPS = {"above": (-1, 0), "below": (1, 0), "left of": (0, -1), "right of": (0, 1)}
+GRID_WORDS = ("red", "green", "blue", *SHAPES)
+_noun = {w: f"a {w}" if w in SHAPES else f"a {w} shape" for w in GRID_WORDS}
+GRID_QUESTIONS = {  # text: (X, steps, Y). Is some X where the steps lead, the last one first, from some Y?
+    " ".join(("is", _noun[x], *steps, _noun[y] if steps or y in SHAPES else y)): (x, steps, y)
+    for n in range(3) for steps in itertools.product(STEPS, repeat=n) for x in GRID_WORDS for y in GRID_WORDS}  # fmt: skip
+
+
+def sample_grid(rng):
+    """A 3x3 grid in the style of SHAPES: {(row, column): (color, shape, width in pixels)}; a fifth of the cells are empty."""
+    return {cell: (rng.choice(GRID_WORDS[:3]), rng.choice(SHAPES), rng.choice((5, 7.5)) * rng.randrange(90, 111, 2) / 100)
+            for cell in itertools.product(range(3), range(3)) if rng.random() > 0.2}  # fmt: skip
+
+
+def render_grid(rng, grid):
+    """Its picture: (32, 32, 3) uint8. Every object's colour is a little off."""
+    picture = np.zeros((SIDE, SIDE, 3), np.uint8)
+    for (row, column), (color, shape, width) in grid.items():
+        rgb = [255 * min(max((color == c) + rng.uniform(-0.2, 0.2), 0), 1) for c in GRID_WORDS[:3]]
+        picture[10 * row + 1 : 10 * row + 11, 10 * column + 1 : 10 * column + 11] = coverage(shape, width, 10)[..., None] * rgb
+    return picture
+
+
+def grid_answer(grid, question):
+    """Is it so? None where no X is in the grid: such a question is not asked.
+
+    >>> grid = {(0, 0): ("red", "circle", 5), (1, 1): ("blue", "square", 5)}
+    >>> [grid_answer(grid, f"is a {x} above left of a {y}") for x, y in (("circle", "square"), ("square", "circle"))]
+    [True, False]
+    """
+    x, steps, y = GRID_QUESTIONS[question]
+    seen, there = ({cell for cell, o in grid.items() if word in o} for word in (x, y))
+    for down, right in (STEPS[s] for s in reversed(steps)):
+        there = {(r + down, c + right) for r, c in there if 0 <= r + down < 3 and 0 <= c + right < 3}
+    return bool(seen & there) if seen else None
+
+
+class Item(NamedTuple):
+    """One item of an NLVR box of 100x100 pixels; x and y of its upper left corner. A tower's lowest block comes first."""
+
+    shape: str
+    color: str
+    size: int
+    x: int
+    y: int
+
+    @property
+    def touches(self):
+        """The walls of the box that it touches."""
+        there = {"left": self.x == 0, "top": self.y == 0, "right": self.x + self.size == 100, "bottom": self.y + self.size == 100}
+        return {wall for wall, here in there.items() if here}
+
+    def fits(self, color, shape=None):
+        return self.color == color and shape in (None, self.shape)
+
+
+def count(box, color, shape=None):
+    return sum(o.fits(color, shape) for o in box)
+
+
+def over(o, tower, color, other):
+    """Is this a block of one colour that stands right on a block of the other?"""
+    return o.color == color and any(below.y == o.y + 21 and below.color == other for below in tower)
+
+
+def colors(box):
+    return {o.color for o in box}
+
+
+NLVR_COLORS = {"black": (0, 0, 0), "yellow": (255, 255, 0), "blue": (0, 153, 255)}
+_color = {c: c for c in NLVR_COLORS}
+NLVR_SLOTS = {
+    "c": _color, "d": _color, "n": {w: n for w, n in NUMBERS.items() if n > 1}, "e": {"top": -1, "base": 0, "bottom": 0},
+    "s": {s: s for s in SHAPES} | dict.fromkeys(("item", "object")), "t": {s: s for s in SHAPES} | {"item": None},
+    "w": dict.fromkeys(("touching the wall", "touching the edge", "touching an edge", "touching any edge", "touching the side"), 1)
+    | {"touching the corner": 2, "closely touching a corner": 2, "closely touching a corner of a box": 2},
+    "b": dict.fromkeys(("touching the base", "touching the bottom", "closely touching the bottom of a box"), "bottom")
+    | {"closely touching right wall of a box": "right"}, "o": dict.fromkeys(("over", "above", "on")),
+    "m": {"exactly": (1, 1), "only": (1, 1), "at least": (1, 99), "at most": (-99, 1), "more than": (2, 99)}}  # fmt: skip
+NLVR_ROWS = [
+    Row("towers", "{c} tower*", lambda x, c: colors(x) == {c}),
+    Row("towers", "tower* with a {c} block at the {e}", lambda x, c, e: x[e].color == c),
+    Row("towers", "{c} block* as the {e} of a tower", lambda o, x, c, e: o is x[e] and o.color == c, True),
+    Row("towers", "{c} block* as the {e} of a tower with {n} blocks", lambda o, x, c, e, n: o is x[e] and o.fits(c) and len(x) == n, True),
+    Row("towers", "tower* with {n} blocks", lambda x, n: len(x) == n),
+    Row("towers", "tower* with exactly {n} blocks", lambda x, n: len(x) == n),
+    Row("towers", "tower* with exactly {n} blocks with a {c} block at the {e}", lambda x, n, c, e: len(x) == n and x[e].color == c),
+    Row("towers", "tower* with {n} {c} blocks", lambda x, n, c: count(x, c) >= n),
+    Row("towers", "tower* with a {c} block {o} a {d} block", lambda x, c, o, d: any(over(p, x, c, d) for p in x)),
+    Row("towers", "{c} block* {o} a {d} block", lambda p, x, c, o, d: over(p, x, c, d), True),
+    Row("towers", "{c} block*", lambda o, x, c: o.color == c, True),
+] * 2 + [  # two scenes in three are towers
+    Row("items", "{c} {s}*", lambda o, x, c, s: o.fits(c, s), True),
+    Row("items", "{c} {s}* {w}", lambda o, x, c, s, w: o.fits(c, s) and len(o.touches) >= w, True),
+    Row("items", "{s}* {w}", lambda o, x, s, w: s in (None, o.shape) and len(o.touches) >= w, True),
+    Row("items", "{c} {s}* not {w}", lambda o, x, c, s, w: o.fits(c, s) and len(o.touches) < w, True),
+    Row("items", "{c} {s}* {b}", lambda o, x, c, s, b: o.fits(c, s) and b in o.touches, True),
+    Row("items", "box* with {n} items", lambda x, n: len(x) == n),
+    Row("items", "box* with {n} {c} {s}s", lambda x, n, c, s: count(x, c, s) >= n),
+    Row("items", "box* with a {c} {s} and a {d} {t}", lambda x, c, s, d, t: count(x, c, s) and count(x, d, t)),
+    Row("items", "box* with a {c} {s} and {n} {d} {t}s", lambda x, c, s, n, d, t: count(x, c, s) and count(x, d, t) >= n),
+    Row("items", "box* with only {c} items", lambda x, c: colors(x) == {c}),
+    Row("items", "box* with items of only {c} and {d} color", lambda x, c, d: colors(x) == {c, d}),
+    Row("items", "box* with items of only one color", lambda x: len(colors(x)) == 1),
+]
+
+
+def sample_boxes(rng, kind):
+    """Three boxes of Items in the style of NLVR: towers of one to four blocks, or one to seven items anywhere."""
+    boxes = []
+    for _ in range(3):
+        if kind == "towers":
+            boxes.append([Item("square", rng.choice(tuple(NLVR_COLORS)), 20, 40, 80 - 21 * k) for k in range(rng.randint(1, 4))])
+            continue
+        boxes.append(box := [])
+        for _ in range(rng.randint(1, 7)):
+            size = rng.choice((10, 20, 30))
+            x, y = (min(rng.randrange(100), 100 - size) for _ in "xy")  # as there, many stand at the right or on the ground
+            if all(max(abs(2 * (x - o.x) + size - o.size), abs(2 * (y - o.y) + size - o.size)) > size + o.size for o in box):
+                box.append(Item(rng.choice(SHAPES), rng.choice(tuple(NLVR_COLORS)), size, x, y))
+    return boxes
+
+
+def render_box(box):
+    """(32, 32, 3) uint8: drawn at 100x100, and shrunk as load_nlvr does it."""
+    picture = np.full((100, 100, 3), 211.0)
+    for o in box:
+        there = picture[o.y : o.y + o.size, o.x : o.x + o.size]
+        there += coverage(o.shape, o.size, o.size)[..., None] * (NLVR_COLORS[o.color] - there)
+    return shrink(Image.fromarray(picture.astype(np.uint8)))
+
+
+def shrink(box):
+    return np.asarray(box.resize((SIDE, SIDE), Image.Resampling.BOX))
+
+
 class FashionMNIST:
     """Real pictures of clothes as a source of examples: draw a class, name it, answer questions about it."""
 
@@ -712,7 +932,76 @@ class FashionMNIST:
         return rng.sample(others, n) if n <= len(others) else others + [rng.choice(others) for _ in range(n - len(others))]
 
 
-SOURCES = {"synthetic": World, "fashion_mnist": FashionMNIST}
+class Asked:
+    """What SHAPES and NLVR share as sources: one task, `splits` of real items, and in training made ones beside them."""
+
+    made = 0.8  # share of the training examples
+
+    def example(self, rng, task, pool="paired", noise=None, split="train"):
+        """As World.example; there is one pool, and questions are clean."""
+        return self.make(rng) if split == "train" and rng.random() < self.made else self.shuffled(rng, rng.choice(self.splits[split]))
+
+    def shuffled(self, rng, example):
+        return example
+
+    def prompt_pool(self, rng, task):
+        return "paired"
+
+    def texts(self, rng, n):
+        for e in [*self.splits["train"], *(self.make(rng) for _ in range(n))]:
+            yield f"{e.prompt} {e.answer}"
+
+
+class Shapes(Asked):
+    """SHAPES as a source. Its official val is what is reported ("test"): none of its questions is ever trained on, nor are
+    the 32 other ones, about made grids, that are shown during training ("val")."""
+
+    name, tasks, made = "shapes", ("ask",), 0.9
+
+    def __init__(self, root):
+        rows = lambda split: [Example("ask", picture, question, NO_YES[int(answer)])  # noqa: E731
+                              for picture, question, answer in zip(*load_shapes(root, split))]  # fmt: skip
+        real = rows("val")
+        closed, rng = {e.prompt for e in real}, random.Random(0)
+        trained = [e for e in rows("train.tiny") + rows("train.small") if e.prompt not in closed]
+        shown = rng.sample(sorted(set(GRID_QUESTIONS) - closed - {e.prompt for e in trained}), 32)
+        self.questions = [q for q, (_, steps, _) in GRID_QUESTIONS.items() if q not in closed.union(shown)
+                          for _ in range(1 if len(steps) == 2 else 9)]  # officially one in nine of those of two steps is asked
+        self.splits = {"train": trained, "val": [self.make(rng, shown) for _ in range(512)], "test": real}
+
+    def make(self, rng, questions=None):
+        """A made grid and a question that may be asked of it."""
+        while True:
+            grid, question = sample_grid(rng), rng.choice(questions or self.questions)
+            if (answer := grid_answer(grid, question)) is not None:
+                return Example("ask", render_grid(rng, grid), question, NO_YES[answer])
+
+
+class NLVR(Asked):
+    """NLVR as a source. No sentence of dev or test is trained on, real or made; words that the train rows do not have are
+    left out of dev and test, where they are spelling mistakes and the like."""
+
+    name, tasks = "nlvr", ("judge",)
+
+    def __init__(self, root):
+        real = {split: [Example("judge", pictures, " ".join(re.findall("[a-z0-9]+", sentence.lower())), TRUTH[label])
+                        for pictures, sentence, label in load_nlvr(root, split)] for split in NLVR_SPLITS}  # fmt: skip
+        self.closed = {e.prompt for split in ("dev", "test") for e in real[split]}
+        trained = [e for e in real["train"] if e.prompt not in self.closed]
+        words = {w for e in trained for w in e.prompt.split()}
+        known = lambda e: e._replace(prompt=" ".join(w for w in e.prompt.split() if w in words))  # noqa: E731
+        self.splits = {"train": trained, "val": list(map(known, real["dev"])), "test": list(map(known, real["test"]))}
+
+    def shuffled(self, rng, example):
+        """With the boxes in another order, which changes no truth."""
+        return example._replace(picture=example.picture[rng.sample(range(3), 3)])
+
+    def make(self, rng):
+        text, boxes, label = statement(rng, NLVR_ROWS, NLVR_SLOTS, lambda kind: sample_boxes(rng, kind), self.closed)
+        return Example("judge", np.stack([render_box(box) for box in boxes]), text, label)
+
+
+SOURCES = {"synthetic": World, "fashion_mnist": FashionMNIST, "shapes": Shapes, "nlvr": NLVR}
 
 
 def make_sources(names, data_dir, jitter=0, fetch_missing=False):
