@@ -18,11 +18,16 @@ Web captions are noisy, so pre-training captions are too (NOISE): a wrong word (
 temperature undoes), an omitted attribute, an omitted or reversed relation (structured noise). Questions are clean.
 
 A task is a *template* of tokens: entries >= 0 are given, -1 is chosen by the policy from its allowed range [lo, hi).
+Here what is chosen stands after an arrow; TEMPLATES says the same to the machine.
   draw     <bos> <draw> words <image>                      -> codes
   caption  <bos> <caption> <image> codes <answer>          -> words <eos>
   ask      <bos> <ask> <image> codes question <answer>     -> word <eos>
   reason   <bos> <reason> <image> codes question <answer>  -> <think> steps </think> word <eos>
   text     <bos> <text>                                    -> words <eos>         (plain language modelling)
+  story    <bos> <story>, then three times: sentence <image>        -> codes
+  tell     <bos> <tell>, three times <image> codes, then <answer>   -> sentence . sentence . sentence <eos>
+  judge    <bos> <judge>, two or three times <image> codes, then sentence <answer>   -> true or false <eos>
+  plan     <bos> <plan> words <answer> -> words <eos>, then <image> -> codes        (think, then draw)
 
 Symbols: N sequences, L positions, P patches of a picture, K codes of the codebook, V vocabulary (words, then codes).
 
@@ -451,10 +456,20 @@ class Example(NamedTuple):
     `truth` is what a judge needs: the scene and the caption of the synthetic world, or a class label."""
 
     task: str
-    picture: np.ndarray
-    prompt: str
+    picture: np.ndarray  # (S, S, 3) uint8, or (n, S, S, 3) where a task has several
+    prompt: str  # of a story: its sentences, " . " between them
     answer: str
     truth: object = None
+
+    @property
+    def pictures(self):
+        """(n, S, S, 3), be there one or several."""
+        return self.picture.reshape(-1, *self.picture.shape[-3:])
+
+
+def pictures_of(examples):
+    """(M, S, S, 3) uint8: all pictures of some examples, one example's after the other's."""
+    return np.concatenate([e.pictures for e in examples])
 
 
 class World:
@@ -1016,11 +1031,16 @@ def make_sources(names, data_dir, jitter=0, fetch_missing=False):
 
 # ---------------------------------------------------------------- words: a byte-pair tokenizer that knows its word list
 
-SPECIAL = ("<pad>", "<bos>", "<draw>", "<caption>", "<ask>", "<reason>", "<text>", "<image>", "<answer>",  # always given
+TEMPLATES = {  # after <bos> and the task's name; with a question mark: chosen. Every picture stands behind its <image>
+    "draw": "prompt picture?", "caption": "pictures <answer> answer?", "ask": "pictures prompt <answer> answer?",
+    "reason": "pictures prompt <answer> answer?", "text": "answer?", "story": "prompt picture? prompt picture? prompt picture?",
+    "tell": "pictures <answer> answer?", "judge": "pictures prompt <answer> answer?",
+    "plan": "prompt <answer> answer? picture?"}  # fmt: skip
+SPECIAL = ("<pad>", "<bos>", *(f"<{task}>" for task in TEMPLATES), "<image>", "<answer>",  # always given
            "<eos>", "<think>", "</think>")  # these three can be chosen: text that is chosen starts at <eos>
 PAD, BOS, IMAGE, ANSWER, EOS = (SPECIAL.index(s) for s in ("<pad>", "<bos>", "<image>", "<answer>", "<eos>"))
 THINK, END_THINK = "<think>", "</think>"
-MAX_TEXT = {"caption": 18, "ask": 3, "reason": 20, "text": 18}  # tokens a free text may have, <eos> included
+MAX_TEXT = {"caption": 18, "ask": 3, "reason": 20, "text": 18, "tell": 44, "judge": 3, "plan": 20}  # tokens of a free text, with <eos>
 
 
 class Batch(NamedTuple):
@@ -1040,10 +1060,18 @@ class Batch(NamedTuple):
     def to(self, device):
         return Batch(*(t.to(device, non_blocking=True) for t in self))
 
+    def pack(self, filled):
+        """These templates with `filled`, (N, L), as target, and without the places that a text did not use: what follows
+        moves up, so that nothing attends to them and every token has the position that it has in training."""
+        unused = (self.tokens < 0) & (filled == PAD)
+        order = unused.int().argsort(dim=1, stable=True)
+        return Batch(*(t.gather(1, order) for t in self._replace(target=filled)))
+
     def trim(self):
-        """Without the columns at the right end that hold no reference: what teacher forcing needs."""
-        length = int((self.target != PAD).any(0).nonzero().max()) + 1
-        return Batch(*(t[:, :length] for t in self))
+        """Packed, and without the columns at the right end that hold no reference: what teacher forcing needs."""
+        packed = self.pack(self.target)
+        length = int((packed.target != PAD).any(0).nonzero().max()) + 1
+        return Batch(*(t[:, :length] for t in packed))
 
     def repeat(self, times):
         """Every row `times` times, one after the other: the groups of GRPO."""
@@ -1109,32 +1137,40 @@ class Vocabulary:
         return "".join(self._strings[i] for i in ids if PAD < i < self.n_text).strip()
 
     def batch(self, examples, codes, device="cpu"):
-        """The Batch of a list of examples (tasks may be mixed) and their pictures' codes, (N, P) int64 in [0, K)."""
-        rows = [self._row(e, [self.n_text + c for c in picture]) for e, picture in zip(examples, codes.tolist())]
-        length = max(len(row[0]) for row in rows)
-        columns = []
-        for k, fill in enumerate((PAD, PAD, 0, self.size, -1)):
-            columns.append(torch.tensor([row[k] + [fill] * (length - len(row[k])) for row in rows]))
-        return Batch(*columns).to(device)
+        """The Batch of a list of examples (tasks may be mixed) and the codes of all `pictures_of` them, (M, P) int64 in [0, K)."""
+        left = iter((codes + self.n_text).tolist())
+        rows = [self._row(e, [next(left) for _ in range(1 if e.picture is None else len(e.pictures))]) for e in examples]
+        length = max(map(len, rows))
+        padded = [row + [(PAD, PAD, 0, self.size, -1)] * (length - len(row)) for row in rows]
+        return Batch(*torch.tensor(padded).permute(2, 0, 1).contiguous()).to(device)
 
-    def _row(self, example, picture):
-        """Template, reference, allowed ranges and patch numbers of one example: five lists of one length."""
-        P, task = self.n_patches, example.task
-        given, spans = [BOS, SPECIAL.index(f"<{task}>")], (EOS, self.n_text)
-        patch = [-1] * len(given)
-        if task in ("caption", "ask", "reason"):
-            given, patch = given + [IMAGE] + picture, patch + [-1] + list(range(P))
-        given = given + self.encode(example.prompt) + {"draw": [IMAGE], "text": []}.get(task, [ANSWER])
-        if task == "draw":
-            answer, chosen, spans = picture, P, (self.n_text, self.size)
-            patch = patch + [-1] * (len(given) - len(patch)) + list(range(P))
-        else:
-            answer, chosen = self.encode(example.answer) + [EOS], MAX_TEXT[task]
-            if len(answer) > chosen:
-                raise ValueError(f"the {task} text has {len(answer)} tokens, more than {chosen}: {example.answer!r}")
-            patch = patch + [-1] * (len(given) - len(patch) + chosen)
-        pad, n = [PAD] * (chosen - len(answer)), len(given)
-        return given + [-1] * chosen, given + answer + pad, [0] * n + [spans[0]] * chosen, [self.size] * n + [spans[1]] * chosen, patch
+    def _row(self, example, pictures):
+        """One example, position by position: (template, reference, lo, hi, patch number). pictures: the codes of each."""
+        task, row, parts = example.task, [], TEMPLATES[example.task].split()
+        sentences, pictures = iter(example.prompt.split(" . ", parts.count("prompt") - 1)), iter(pictures)
+
+        def give(ids, patch=None):
+            row.extend((i, i, 0, self.size, k) for i, k in zip(ids, patch or itertools.repeat(-1)))
+
+        give([BOS, SPECIAL.index(f"<{task}>")])
+        for part in parts:
+            if part == "prompt":
+                give(self.encode(next(sentences)))
+            elif part == "pictures":
+                for codes in pictures:
+                    give([IMAGE])
+                    give(codes, itertools.count())
+            elif part == "picture?":
+                give([IMAGE])
+                row.extend((-1, code, self.n_text, self.size, k) for k, code in enumerate(next(pictures)))
+            elif part == "answer?":
+                words, longest = self.encode(example.answer) + [EOS], MAX_TEXT[task]
+                if len(words) > longest:
+                    raise ValueError(f"the {task} text has {len(words)} tokens, more than {longest}: {example.answer!r}")
+                row.extend((-1, i, EOS, self.n_text, -1) for i in words + [PAD] * (longest - len(words)))
+            else:
+                give([SPECIAL.index(part)])
+        return row
 
 
 # ---------------------------------------------------------------- try it

@@ -60,6 +60,7 @@ from data import (
     Vocabulary,
     make_sources,
     parse_caption,
+    pictures_of,
     related,
     shape_mask,
 )
@@ -276,11 +277,11 @@ class Evaluator:
         generator = torch.Generator(device).manual_seed(seed)
         for start in range(0, len(examples), rows):
             part = examples[start : start + rows]
-            codes = self.codebook.encode(np.stack([e.picture for e in part]))
+            codes = self.codebook.encode(pictures_of(part))
             batch = self.vocab.batch(part, codes, device)
             tokens = sample(self.model, batch, self.vocab, generator, temperature, guidance, group)
             outputs += decode(self.vocab, self.codebook, part[0].task, batch.repeat(group), tokens)
-        return np.stack(outputs) if examples[0].task == "draw" else outputs
+        return np.stack(outputs) if examples[0].task in ("draw", "story") else outputs
 
     def best(self, examples, temperature, guidance, seed, group):
         """As outputs: each the best of n. Nothing is to be chosen from at temperature 0, so captions are sampled at 1."""
@@ -292,7 +293,7 @@ class Evaluator:
             some = samples[start * n : (start + len(part)) * n]
             rewards = self.rewards.total(self.rewards(self.source, part[0].task, part, some, random.Random(seed)))  # (B, n)
             chosen += [some[i * n + j] for i, j in enumerate(rewards.argmax(1).tolist())]
-        return np.stack(chosen) if examples[0].task == "draw" else chosen
+        return np.stack(chosen) if part[0].task == "draw" else chosen
 
     def answers(self, task, n, pools=("paired",), temperature=0.0):
         """(N,) bool for ask, reason and caption."""
@@ -397,12 +398,17 @@ def tidy(x):
 
 
 def decode(vocab, codebook, task, batch, tokens):
-    """Filled templates of one task -> a list of pictures (S, S, 3) uint8, or of texts."""
-    if task == "draw":
-        codes = tokens[batch.patch >= 0].view(len(tokens), -1) - vocab.n_text
-        return list(codebook.decode(codes).cpu().numpy())
-    mask = completion_mask(batch, tokens)
-    return [vocab.decode(row[keep].tolist()) for row, keep in zip(tokens.cpu(), mask.cpu())]
+    """Filled templates of one task -> what was chosen in each, a list: pictures (S, S, 3) uint8; for a story its three, (3, S, S, 3);
+    texts; for a plan (text, picture)."""
+    chosen, pictures = completion_mask(batch, tokens), []
+    drawn = chosen & (batch.patch >= 0)
+    if drawn.any():
+        pictures = codebook.decode(tokens[drawn].view(-1, vocab.n_patches) - vocab.n_text).cpu().numpy()
+        pictures = list(pictures.reshape(len(tokens), -1, *pictures.shape[1:]) if task == "story" else pictures)
+    if task in ("draw", "story"):
+        return pictures
+    texts = [vocab.decode(row[keep].tolist()) for row, keep in zip(tokens.cpu(), (chosen & ~drawn).cpu())]
+    return list(zip(texts, pictures)) if task == "plan" else texts
 
 
 TEMPERATURES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)

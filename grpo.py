@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import EOS, PAD, Batch, Example, Vocabulary
-from model import Transformer, at_least_float32, completion_mask, completion_states, first_choices, matmul, sample, tails
+from model import Transformer, at_least_float32, completion_states, first_choices, matmul, sample, tails
 
 
 def check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
@@ -361,10 +361,11 @@ def rollout(policy, batch, group_size, reward_fn, vocab, generator=None, tempera
     repeated = batch.repeat(group_size)
     rewards, parts = reward_fn(repeated, tokens)
     clock.append(time.perf_counter())
-    start, length = first_choices(repeated)
-    mask = tails(completion_mask(repeated, tokens), start, length, False)
+    filled = repeated.pack(tokens)
+    start, length = first_choices(filled)
+    mask = tails(filled.mask, start, length, False)
     longest = int(mask.any(0).nonzero().max()) + 1
-    tail, patch, lo, hi = (tails(x, start, longest) for x in (tokens, repeated.patch, repeated.lo, repeated.hi))
+    tail, patch, lo, hi = (tails(x, start, longest) for x in (filled.target, filled.patch, filled.lo, filled.hi))
     spread = rewards.max(1).values - rewards.min(1).values
     stats = {f"reward_{task}": rewards.mean(), f"zero_spread_{task}": (spread < 1e-6).float().mean(),
              f"length_{task}": mask.sum(1).float().mean(), "tokens": mask.sum()}  # fmt: skip

@@ -64,7 +64,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import eval as evaluation
-from data import NOISE, PAD, SOURCES, SPECIAL, Vocabulary, make_sources
+from data import NOISE, PAD, SOURCES, SPECIAL, Vocabulary, make_sources, pictures_of
 from grpo import (
     best_and_worst,
     combine_rewards,
@@ -545,7 +545,7 @@ class Trainer:
             part = [(e, alone) for _, e, alone in rows if (e.task == "reason") == steps]
             if part:
                 examples, alone = zip(*part)
-                batch = self.vocab.batch(examples, self.codebook.encode(np.stack([e.picture for e in examples]))).trim()
+                batch = self.vocab.batch(examples, self.codebook.encode(pictures_of(examples))).trim()
                 yield batch.blank(torch.tensor(alone)).to(self.device)
 
     def next_token_loss(self, model, rows):
@@ -574,7 +574,7 @@ class Trainer:
             shown = [(e, alone) for _, e, alone in rows if e.task != "text" and not (alone and e.task == "caption")]
             some = [e for e, alone in shown if not words or (e.task in ("draw", "caption") and not alone)]
             if objective and some:
-                codes = self.codebook.encode(np.stack([e.picture for e in some])).to(self.device)
+                codes = self.codebook.encode(pictures_of(some)).to(self.device)
                 with self.autocast():
                     parts[stage] = OBJECTIVE_WEIGHT * objective(model, self.vocab, codes, [e.prompt or e.answer for e in some], rng)
                 row[f"loss_{stage}"] = float(parts[stage].detach())
@@ -759,12 +759,12 @@ class Trainer:
             source = rng.choice([s for s in self.sources if task in s.tasks])
             n = max(round(c.prompts * GRPO_PROMPTS[task]), 1)
             examples = [source.example(rng, task, source.prompt_pool(rng, task)) for _ in range(n)]
-            batch = self.vocab.batch(examples, self.codebook.encode(np.stack([e.picture for e in examples])), self.device)
+            batch = self.vocab.batch(examples, self.codebook.encode(pictures_of(examples)), self.device)
             parts = {}
 
             def reward(filled, tokens):
                 outputs = evaluation.decode(self.vocab, self.codebook, task, filled, tokens)
-                outputs = np.stack(outputs) if task == "draw" else outputs
+                outputs = np.stack(outputs) if task in ("draw", "story") else outputs
                 parts.update(rewards(source, task, examples, outputs, rng))
                 return rewards.total(parts), parts
 

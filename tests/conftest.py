@@ -17,7 +17,7 @@ import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from data import KINDS, FashionMNIST, Object, Vocabulary, World, render  # noqa: E402
+from data import KINDS, Example, FashionMNIST, Object, Vocabulary, World, pictures_of, render  # noqa: E402
 from model import Codebook  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +25,16 @@ ROOT = Path(__file__).resolve().parents[1]
 # The same examples on every machine, no time limit on any one of them, nothing written beside the sources.
 hypothesis.settings.register_profile("repository", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repository")
+
+
+def example(rng, task):
+    """One example of any template: of the tasks with several pictures or spans one is put together from captions."""
+    if task in ("draw", "caption", "ask", "reason", "text"):
+        return World().example(rng, task)
+    shown = [World().example(rng, "caption") for _ in range({"plan": 1, "judge": rng.choice((2, 3))}.get(task, 3))]
+    text, pictures = " . ".join(e.answer for e in shown), pictures_of(shown)
+    return {"story": Example(task, pictures, text, ""), "tell": Example(task, pictures, "", text),
+            "judge": Example(task, pictures, shown[0].answer, "yes"), "plan": Example(task, pictures[0], text, text)}[task]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

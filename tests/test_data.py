@@ -397,6 +397,55 @@ def test_a_mixed_batch_holds_each_template_and_padding_that_is_neither_chosen_no
     assert (chosen >= batch.lo[batch.mask]).all() and (chosen < batch.hi[batch.mask]).all()
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_several_pictures_stand_each_behind_its_mark_with_places_of_their_own(vocab, n):
+    pictures = np.zeros((n, 32, 32, 3), np.uint8)
+    codes = torch.arange(n * 16).view(n, 16) % 24
+    batch, shown = vocab.batch([Example("judge", pictures, "is there a circle ?", "yes")], codes), []
+    for k in range(n):
+        shown += [SPECIAL.index("<image>"), *(codes[k] + vocab.n_text).tolist()]
+    words = [SPECIAL.index("<bos>"), SPECIAL.index("<judge>"), *shown, *vocab.encode("is there a circle ?"), SPECIAL.index("<answer>")]
+    assert batch.tokens[0].tolist() == words + [-1] * MAX_TEXT["judge"]
+    assert batch.patch[0].tolist() == [-1, -1] + [-1, *range(16)] * n + [-1] * (len(words) - 2 - 17 * n + MAX_TEXT["judge"])
+
+
+def test_a_story_gives_its_sentences_and_chooses_the_picture_after_each(vocab):
+    codes = torch.arange(48).view(3, 16) % 24
+    sentences = ["a circle", "a big red circle", "a red circle and a square"]
+    batch = vocab.batch([Example("story", np.zeros((3, 32, 32, 3), np.uint8), " . ".join(sentences), "")], codes)
+    tokens, target, patch = [SPECIAL.index("<bos>"), SPECIAL.index("<story>")], [], []
+    for sentence, drawn in zip(sentences, codes):
+        tokens += [*vocab.encode(sentence), SPECIAL.index("<image>"), *[-1] * 16]
+        target += (drawn + vocab.n_text).tolist()
+        patch += range(16)
+    assert batch.tokens[0].tolist() == tokens and batch.target[0][batch.mask[0]].tolist() == target
+    assert (batch.mask[0] == (batch.tokens[0] < 0)).all() and batch.patch[0][batch.mask[0]].tolist() == patch
+    assert set(batch.lo[batch.mask].tolist()) == {vocab.n_text} and set(batch.hi[batch.mask].tolist()) == {vocab.size}
+
+
+def test_a_plan_is_chosen_and_then_the_picture_and_packing_closes_the_gap_between_them(vocab):
+    texts = ["a circle", "a big red circle and a square"]
+    batch = vocab.batch([Example("plan", None, "a circle", text) for text in texts], CODES.expand(2, -1))
+    packed = batch.trim()
+    for row, text in zip(packed.target.tolist(), texts):
+        words = [SPECIAL.index("<bos>"), SPECIAL.index("<plan>"), *vocab.encode("a circle"), SPECIAL.index("<answer>")]
+        words += [*vocab.encode(text), EOS, SPECIAL.index("<image>"), *(CODES[0] + vocab.n_text).tolist()]
+        assert row == words + [PAD] * (packed.target.shape[1] - len(words))
+    for name in ("target", "lo", "hi", "patch"):
+        assert torch.equal(getattr(packed, name)[packed.mask], getattr(batch, name)[batch.mask])
+    assert packed.mask.sum(1).tolist() == [2 + 1 + 16, 7 + 1 + 16] and packed.target.shape[1] == 5 + 7 + 2 + 16
+
+
+def test_the_pictures_of_mixed_examples_find_their_own_rows(vocab):
+    one, three = np.zeros((32, 32, 3), np.uint8), np.zeros((3, 32, 32, 3), np.uint8)
+    codes = torch.arange(5)[:, None].expand(5, 16) + 1
+    texts = [("caption", one, "", "a circle"), ("tell", three, "", "a circle . a square . a circle"), ("draw", one, "a circle", "")]
+    some = [Example(*text) for text in texts]
+    batch = vocab.batch(some, codes)
+    assert [sorted(set(row[where].tolist())) for row, where in zip(batch.target - vocab.n_text, batch.patch >= 0)] == [[1], [2, 3, 4], [5]]
+    assert data.pictures_of(some).shape == (5, 32, 32, 3)
+
+
 def test_trimming_cuts_only_columns_without_a_reference(vocab):
     batch = vocab.batch([Example("text", None, "", "a circle"), Example("text", None, "", "a big circle")], CODES.expand(2, -1))
     trimmed = batch.trim()
