@@ -448,6 +448,20 @@ def every_sentence(rows, slots):
                 for values in itertools.product(*(words.items() for words in found.values())))  # fmt: skip
 
 
+WORLD_SLOTS = {"c": {c: c for c in COLORS}, "d": {c: c for c in COLORS}, "s": {s: s for s in SHAPES}, "z": {z: z for z in SIZES},
+               "o": {r: r for r in INVERSE}}  # fmt: skip
+WORLD_ROWS = [  # no sentence names two kinds
+    Row("", "picture* with a {c} {s}", lambda x, c, s: any(o.kind == (c, s) for o in x)),
+    Row("", "picture* with a {z} {c} shape", lambda x, z, c: any((o.size, o.color) == (z, c) for o in x)),
+    Row("", "picture* with a {c} shape {o} a {d} shape", lambda x, c, o, d: any(
+        related(p, o, q) for p in x for q in x if (p.color, q.color) == (c, d))),
+    Row("", "picture* with two shapes", lambda x: len(x) == 2),
+    Row("", "{c} shape*", lambda o, x, c: o.color == c, True),
+    Row("", "{c} {s}*", lambda o, x, c, s: o.kind == (c, s), True),
+    Row("", "{z} {s}*", lambda o, x, z, s: (o.size, o.shape) == (z, s), True),
+]  # fmt: skip
+
+
 # ---------------------------------------------------------------- examples: one task, one picture, one prompt, one answer
 
 
@@ -485,6 +499,11 @@ class World:
         Splits differ only by the rng that is passed (another seed, other scenes)."""
         if task == "text" and rng.random() < 0.3:
             pool = "three"  # text alone is cheap and wide: it tells of scenes that no picture shows
+        if task == "judge":  # two or three pictures
+            n = rng.choice((2, 3))
+            some = lambda kind: [sample_scene(rng, pool, self.jitter) for _ in range(n)]  # noqa: E731
+            text, scenes, label = statement(rng, WORLD_ROWS, WORLD_SLOTS, some)
+            return Example(task, np.stack([render(scene) for scene in scenes]), text, label, scenes)
         scene = sample_scene(rng, pool, self.jitter, 2 if task == "reason" and pool == "paired" else None)
         picture = render(scene)
         if task == "ask":
@@ -963,7 +982,7 @@ class Asked:
         return "paired"
 
     def texts(self, rng, n):
-        for e in [*self.splits["train"], *(self.make(rng) for _ in range(n))]:
+        for e in [*self.splits["train"], *(self.make(rng) for _ in range(n // 4))]:
             yield f"{e.prompt} {e.answer}"
 
 
@@ -999,7 +1018,8 @@ class NLVR(Asked):
     name, tasks = "nlvr", ("judge",)
 
     def __init__(self, root):
-        real = {split: [Example("judge", pictures, " ".join(re.findall("[a-z0-9]+", sentence.lower())), TRUTH[label])
+        plain = lambda sentence: " ".join(re.findall("[a-z0-9]+", sentence.lower()))  # noqa: E731
+        real = {split: [Example("judge", pictures, plain(sentence), TRUTH[label], sentence)
                         for pictures, sentence, label in load_nlvr(root, split)] for split in NLVR_SPLITS}  # fmt: skip
         self.closed = {e.prompt for split in ("dev", "test") for e in real[split]}
         trained = [e for e in real["train"] if e.prompt not in self.closed]

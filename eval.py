@@ -27,6 +27,7 @@ because a low temperature alone makes a model look better and duller.
 
 import argparse
 import base64
+import copy
 import csv
 import functools
 import html
@@ -38,14 +39,16 @@ import random
 import re
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from data import (
     BACKGROUND,
@@ -54,6 +57,7 @@ from data import (
     PAD,
     SHAPES,
     SIZES,
+    Asked,
     Batch,
     Example,
     Object,
@@ -187,25 +191,32 @@ class WorldJudge:
 
 
 class FashionJudge:
-    """Which class is a picture of? The vote of its 5 nearest neighbours among 6,000 real training pictures: nothing is
-    trained, and `accuracy` says how often it is right on real test pictures."""
+    """Which class is a picture of? A small convolutional net says so, trained here on real training pictures in a few seconds;
+    `accuracy` is how often it is right on real test pictures."""
 
     pools = {"compose": ("paired",)}
 
-    def __init__(self, source, neighbours=5, n=6000):
-        pictures, labels = source.splits["train"]
-        self.known, self.labels, self.neighbours = self.vectors(pictures[:n]), labels[:n], neighbours
-        pictures, labels = (x[:1000] for x in source.splits["test"])
-        self.accuracy = float((self.classify(pictures) == labels).mean())
+    def __init__(self, source, steps=600, batch=128, lr=5e-3):
+        (pictures, labels), (unseen, theirs) = source.splits["train"], (x[:2000] for x in source.splits["test"])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Conv2d(1, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Flatten(),
+                                     nn.Linear(2048, 10))  # fmt: skip
+            optimizer = torch.optim.Adam(self.net.parameters(), lr)
+            for step in range(steps):
+                optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+                some = torch.randint(len(labels), (batch,)).numpy()
+                optimizer.zero_grad()
+                F.cross_entropy(self.scores(pictures[some]), torch.from_numpy(labels[some])).backward()
+                optimizer.step()
+        self.accuracy = float((self.classify(unseen) == theirs).mean())
 
-    @staticmethod
-    def vectors(pictures):
-        return pictures.mean(-1).reshape(len(pictures), -1).astype(np.float32)
+    def scores(self, pictures):
+        return self.net(torch.from_numpy(np.ascontiguousarray(pictures[..., :1])).permute(0, 3, 1, 2) / 127.5 - 1)
 
+    @torch.no_grad()
     def classify(self, pictures):
-        x = self.vectors(np.asarray(pictures))
-        near = np.argpartition((self.known**2).sum(1) - 2 * x @ self.known.T, self.neighbours, 1)[:, : self.neighbours]
-        return np.array([np.bincount(self.labels[i], minlength=10).argmax() for i in near])
+        return self.scores(np.asarray(pictures)).argmax(1).numpy()
 
     def draw(self, examples, pictures):
         right = self.classify(pictures) == np.array([e.truth for e in examples])
@@ -216,6 +227,12 @@ class FashionJudge:
 
     def caption(self, examples, texts):
         return np.array([t == e.answer or t.split()[-1:] == e.answer.split()[-1:] for e, t in zip(examples, texts)])
+
+
+class KeyJudge:
+    """For a source that only asks, SHAPES or NLVR: nothing is drawn, and the key says what is right."""
+
+    pools = {}
 
 
 # ---------------------------------------------------------------- numbers with intervals
@@ -267,6 +284,8 @@ class Evaluator:
 
     def examples(self, task, n, pools=("paired",)):
         rng = random.Random(f"{self.split}/{self.seed}/{self.source.name}/{task}/{pools}")
+        if isinstance(self.source, Asked):  # each real item once, or n of them
+            return rng.sample(self.source.splits[self.split], min(n, len(self.source.splits[self.split])))
         return [self.source.example(rng, task, pools[i % len(pools)], split=self.split) for i in range(n)]
 
     def outputs(self, examples, temperature=1.0, guidance=0.0, seed=0, group=1):
@@ -296,10 +315,13 @@ class Evaluator:
         return np.stack(chosen) if part[0].task == "draw" else chosen
 
     def answers(self, task, n, pools=("paired",), temperature=0.0):
-        """(N,) bool for ask, reason and caption."""
-        examples = self.examples(task, n, pools)
+        """(N,) bool for ask, reason, judge and caption."""
+        return self.answered(self.examples(task, n, pools), temperature)
+
+    def answered(self, examples, temperature=0.0):
+        """(N,) bool: which of these are answered right?"""
         texts = self.outputs(examples, temperature)
-        if task == "caption":
+        if examples[0].task == "caption":
             return self.judge.caption(examples, texts)
         return np.array([exact_match(t, e.answer) > 0 for t, e in zip(texts, examples)])
 
@@ -413,10 +435,10 @@ def decode(vocab, codebook, task, batch, tokens):
 
 TEMPERATURES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 METRICS = {  # group: metrics; those that no task of a run gives are null
-    "understanding": ("vqa", "vqa_three", "retrieval_i2t_r1", "retrieval_t2i_r1", "caption", "caption_three"),
+    "understanding": ("vqa", "vqa_three", "vqa_val", "retrieval_i2t_r1", "retrieval_t2i_r1", "caption", "caption_three"),
     "generation": ("compose", "compose_heldout", "compose_pairs", "compose_unprompted", "clip_score", "frechet", "frechet_floor", "story",
                    "diversity", "diversity_heldout"),  # fmt: skip
-    "reasoning": ("visual", "multihop", "multihop_three"),
+    "reasoning": ("visual", "visual_three", "visual_val", "visual_consistency", "multihop", "multihop_three"),
     "language": ("text_nll",),
 }
 
@@ -440,23 +462,48 @@ def measure(evaluator, clip, n=1000):
             seen = [embed(clip, x) for x in (pictures, real, other)]
             for name, ours in {"frechet": seen[0], "frechet_floor": seen[1]}.items():
                 found[name] = {"value": round(frechet(ours, seen[2]), 5), "low": None, "high": None, "n": 2 * n}
-    for metric, task in {"vqa": "ask", "caption": "caption", "multihop": "reason"}.items():  # the most likely answer
-        if task in e.source.tasks:
+    if isinstance(e.source, Asked):
+        measure_asked(e, n, note)
+    for metric, task in {"vqa": "ask", "caption": "caption", "multihop": "reason", "visual": "judge"}.items():  # the most likely answer
+        if task in e.source.tasks and metric not in found:
             note(metric, e.answers(task, n), rate)
             if "compose_heldout" in judge.pools:
                 note(f"{metric}_three", e.answers(task, n, ("three",)), rate)
-    *both_ways, chance = e.retrieval(n)
-    for metric, right in zip(("retrieval_i2t_r1", "retrieval_t2i_r1"), both_ways):
-        note(metric, right, rate, chance=round(chance, 4))
-    found["text_nll"] = e.text_nll(n)
+    if "caption" in e.source.tasks:
+        *both_ways, chance = e.retrieval(n)
+        for metric, right in zip(("retrieval_i2t_r1", "retrieval_t2i_r1"), both_ways):
+            note(metric, right, rate, chance=round(chance, 4))
+    if "text" in e.source.tasks:
+        found["text_nll"] = e.text_nll(n)
     return {g: {m: found.get(m) for m in names} for g, names in METRICS.items()}, breakdown, items
+
+
+def measure_asked(evaluator, n, note):
+    """Right answers of SHAPES ("vqa") or NLVR ("visual") on the reported split and on "val", beside the majority class in
+    round brackets; for NLVR also how many sentences are judged right of all their pictures."""
+    task = evaluator.source.tasks[0]
+    metric = {"ask": "vqa", "judge": "visual"}[task]
+    for name, split in ((metric, evaluator.split), (f"{metric}_val", "val")):
+        asked = copy.copy(evaluator)
+        asked.split = split
+        examples = asked.examples(task, n)
+        answers, right = Counter(e.answer for e in examples), asked.answered(examples)
+        (majority, most), *_ = answers.most_common(1)
+        note(name, right, rate, chance=round(most / len(examples), 4))
+        if name == "visual":
+            alike, always = defaultdict(list), defaultdict(list)  # by sentence
+            for e, ok in zip(examples, right):
+                alike[e.truth].append(bool(ok))
+                always[e.truth].append(e.answer == majority)
+            share = np.mean([all(some) for some in always.values()])
+            note("visual_consistency", np.array([all(some) for some in alike.values()]), rate, chance=round(float(share), 4))
 
 
 def sweep(evaluator, temperatures=TEMPERATURES, prompts=128, group=8):
     """The fronts: one row a temperature, with compose and diversity for seen and for never-seen prompts."""
     pools = [p for p in ("compose", "compose_heldout") if p in evaluator.judge.pools]
     fronts = [evaluator.front(evaluator.judge.pools[p], temperatures, prompts, group) for p in pools]
-    rows = fronts[0]
+    rows = fronts[0] if fronts else []
     for extra in fronts[1:]:
         for row, more in zip(rows, extra):
             row |= {f"{k}_heldout": v for k, v in more.items() if k != "temperature"}
@@ -473,12 +520,14 @@ def evaluate(models, vocab, codebook, source, judge, clip, n=1000, seed=0, promp
         if known and name == "base":
             result[name] = known[name]
             for part in parts:
-                result[part][name] = known[part][name]
+                result[part] |= {name: known[part][name]} if name in known[part] else {}
             continue
         test, val = (Evaluator(model, vocab, codebook, source, judge, split, seed, rewards=rewards if name == "aligned" else None)
                      for split in ("test", "val"))  # fmt: skip
         result[name], result["breakdown"][name], result["items"][name] = measure(test, clip, n)
         result["sweep"][name] = rows = sweep(test, TEMPERATURES, prompts, group)
+        if not rows:  # nothing is drawn
+            continue
         chosen = max(val.front(judge.pools["compose"], TEMPERATURES, max(prompts // 2, 2), 2), key=lambda row: row["compose"])
         result["best_temperature"][name] = chosen["temperature"]
         for key in ("diversity", "diversity_heldout"):  # at temperature 1
@@ -499,6 +548,8 @@ def table(result):
             cells = [result[m][group].get(metric) for m in models]
             if any(cells):
                 lines.append(f"{metric:22}" + "".join(f"{show(c):>30}" for c in cells))
+    if not result["best_temperature"]:  # nothing was drawn
+        return "\n".join([*lines, "in round brackets: the share of the majority class"])
     lines.append(f"\n{'temperature':22}" + "".join(f"{f'{m}: quality @ diversity':>34}" for m in models))
     for rows in zip(*(result["sweep"][m] for m in models)):
         cells = [" | ".join(f"{100 * r[q]:.0f} @ {100 * (r[d] or 0):.0f}" for q, d in (
@@ -514,6 +565,17 @@ def table(result):
     return "\n".join(lines)
 
 
+def by_source(result):
+    """The parts of an eval.json: {data set: its numbers}."""
+    return result.get("sources") or {result["meta"]["data"]: result}
+
+
+def tables(result):
+    """The table of every data set of a run, each under its name where there are several."""
+    parts = by_source(result)
+    return "\n\n".join((f"{name}\n" if len(parts) > 1 else "") + table(part) for name, part in parts.items())
+
+
 def report(folder):
     """A finished run as one self-contained page of HTML: warnings, pictures before and after, table, curves, configuration."""
     result = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
@@ -526,7 +588,7 @@ def report(folder):
     style = "body{font:16px/1.5 system-ui;max-width:68rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}pre{overflow-x:auto}"
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{say(title)}</title><style>{style}</style><h1>{say(title)}</h1><h2>Health</h2><ul>{health}</ul>
-<h2>Before and after</h2>{image("samples/before_after.png")}<h2>Test scenes</h2><pre>{say(table(result))}</pre>
+<h2>Before and after</h2>{image("samples/before_after.png")}<h2>Test scenes</h2><pre>{say(tables(result))}</pre>
 <h2>Curves</h2>{image("curves.png")}<h2>Run</h2><pre>{say(facts)}\n{say(json.dumps(meta["config"], indent=1))}</pre></html>
 """
 
@@ -539,22 +601,29 @@ def show(cell):
 
 
 def compare(folders):
-    """Methods side by side as text: mean over seeds with a 95% interval (Student's t), and paired differences to the first
-    method. Fronts are compared at each one's best temperature (chosen on validation) and at equal diversity."""
-    runs = defaultdict(dict)
+    """Methods side by side as text, a table a data set: mean over seeds with a 95% interval (Student's t), and paired differences
+    to the first method."""
+    found = defaultdict(lambda: defaultdict(dict))  # data set: method: seed: numbers
     for folder in folders:
         path = Path(folder) / "eval.json"
         if not path.is_file():
             raise ValueError(f"{path} is not there: has this run finished? `python train.py --resume --out {folder}` goes on")
         result = json.loads(path.read_text(encoding="utf-8"))
         method, seed = result["meta"]["method"], result["meta"]["seed"]
-        runs[method][seed] = numbers(result, "aligned")
-        runs["base"][seed] = numbers(result, "base")
+        for name, part in by_source(result).items():
+            found[name][method][seed] = numbers(part, "aligned")
+            found[name]["base"][seed] = numbers(part, "base")
+    return "\n\n".join((f"{name}\n" if len(found) > 1 else "") + comparison(runs) for name, runs in found.items())
+
+
+def comparison(runs):
+    """The table of {method: {seed: numbers}}. Fronts are compared at each one's best temperature (chosen on validation) and at
+    equal diversity."""
     first, *others = sorted(runs, key=lambda m: (m == "base", m != "lvrpo", m))
     for seed in set.intersection(*(set(r) for r in runs.values())):
         for column in ("", "_heldout"):
             fronts = {m: runs[m][seed]["front"] for m in runs}
-            common = min(max(row[f"diversity{column}"] or 0 for row in rows) for rows in fronts.values())
+            common = min(max((row[f"diversity{column}"] or 0 for row in rows), default=0) for rows in fronts.values())
             for m, rows in fronts.items():
                 runs[m][seed][f"compose{column} @ diversity"] = quality_at(rows, common, column) if common else None
     heads = [f"{m} (n={len(runs[m])})" for m in (first, *others)] + [f"{first} - {m}" for m in others]
@@ -569,9 +638,9 @@ def compare(folders):
 
 
 def numbers(result, model):
-    """{metric: value} of one model of an eval.json: at temperature 1, at its best temperature, and its front."""
+    """{metric: value} of one model and data set of an eval.json: at temperature 1, at its best temperature, and its front."""
     flat = {m: (cell or {}).get("value") for group in METRICS for m, cell in result[model][group].items()}
-    best = next(row for row in result["sweep"][model] if row["temperature"] == result["best_temperature"][model])
+    best = next((row for row in result["sweep"][model] if row["temperature"] == result["best_temperature"][model]), {})
     return flat | {f"{k} @ best T": v for k, v in best.items() if not k.startswith("distance")} | {"front": result["sweep"][model]}
 
 
@@ -647,7 +716,8 @@ def load_clip(folder, name, vocab, config, device="cpu"):
 def judges(config, sources=None):
     """(source, judge) for every data set of a run."""
     sources = sources or make_sources(config["data"], config["data_dir"], config["jitter"])
-    return [(source, WorldJudge() if source.name == "synthetic" else FashionJudge(source)) for source in sources]
+    kinds = {"synthetic": lambda _: WorldJudge(), "fashion_mnist": FashionJudge}
+    return [(source, kinds.get(source.name, lambda _: KeyJudge())(source)) for source in sources]
 
 
 # ---------------------------------------------------------------- ablations: many short runs from one base
@@ -859,17 +929,20 @@ def main(argv=None):
             result = json.loads(stored.read_text(encoding="utf-8"))
         else:
             models = {name: load_model(args.run, vocab, codebook, config, name, device) for name in ("base", "aligned")}
-            clip = load_clip(args.run, "clip_report", vocab, config, device)
-            source, judge = judges(config)[0]
-            result = evaluate(models, vocab, codebook, source, judge, clip, config["eval_items"], config["seed"], config["eval_prompts"])
-            del result["items"]
+            draws = (Path(args.run) / "clip_report.safetensors").is_file()
+            clip = load_clip(args.run, "clip_report", vocab, config, device) if draws else None
+            results = {source.name: evaluate(models, vocab, codebook, source, judge, clip, config["eval_items"], config["seed"],
+                                             config["eval_prompts"]) for source, judge in judges(config)}  # fmt: skip
+            for part in results.values():
+                del part["items"]
+            result = {**next(iter(results.values())), **({"sources": results} if len(results) > 1 else {})}
             result["meta"] = {k: config[k] for k in ("preset", "method", "data", "seed")} | {"config": config}
         if args.json:
             try:
                 Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
             except OSError as error:
                 raise ValueError(f"--json {args.json}: cannot be written ({error})") from error
-        print(table(result))
+        print(tables(result))
 
 
 if __name__ == "__main__":

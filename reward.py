@@ -351,7 +351,7 @@ class Rewards:
 
     With a PreferenceModel, draw and caption have the part "preference" too, and weights default to an even mix."""
 
-    parts = {"draw": ("clip",), "caption": ("clip", "format"), "ask": ("exact",), "reason": ("exact", "format")}
+    parts = {"draw": ("clip",), "caption": ("clip", "format"), "ask": ("exact",), "judge": ("exact",), "reason": ("exact", "format")}
     weights = MIXES["rule"]
 
     def __init__(self, clip, vocab, n_edits=12, n_caption_edits=32, preference=None, weights=None):

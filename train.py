@@ -37,6 +37,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
@@ -103,8 +104,8 @@ class Config:
     preset: str = "auto"  # smoke, cpu or gpu; auto picks gpu on a CUDA device, else cpu
     device: str = "auto"  # auto, cuda, mps or cpu
     method: str = "lvrpo"  # lvrpo; baselines unified, clip, beit; controls labels, reject, dpo, best (see above)
-    data: str = "synthetic"  # data sets, comma-separated: synthetic, fashion_mnist
-    data_dir: str = "data"  # the parent of fashion_mnist/
+    data: str = "synthetic"  # data sets, comma-separated: synthetic, fashion_mnist, shapes, nlvr
+    data_dir: str = "data"  # the parent of fashion_mnist/, shapes/ and nlvr/
     download: bool = False  # fetch missing public data from the official addresses
     out: str = ""  # run directory; empty means runs/METHOD-PRESET-SEED
     base: str = ""  # take codebook, words, base policy and CLIPs from this run instead of training them
@@ -180,15 +181,15 @@ CHOICES = {
     "reduction": ("token", "sequence", "constant"),
     "level": ("token", "sequence"),
 }
-TASK_MIX = {"draw": 4, "caption": 2, "ask": 6, "reason": 1, "text": 1}  # of a pre-training batch
-TOKEN_WEIGHT = {"draw": 1.5, "ask": 4.0}  # in its loss; others 1. An answer is one word beside sixteen codes or more:
+TASK_MIX = {"draw": 4, "caption": 2, "ask": 6, "reason": 1, "text": 1, "judge": 3}  # of a pre-training batch
+TOKEN_WEIGHT = {"draw": 1.5, "ask": 4.0, "judge": 4.0}  # in its loss; others 1. An answer is one word beside sixteen codes or more:
 # with equal weights questions are learned last (700 steps: 71% of the answers right, with these 89%)
 ALONE = 0.2  # share of the pictures to draw that come without words, half of them of three objects, and of the captions that come
 # without a picture, all of three objects: pictures alone and texts alone are cheap. It is what guidance needs, and it lets
 # a policy sample, once in a while, what no pair ever showed it
 OBJECTIVE_WEIGHT = 0.5  # of the contrastive and the masked-code loss beside the next-token loss
-GRPO_PROMPTS = {"draw": 1.0, "caption": 1.0, "ask": 1.0, "reason": 0.25}  # prompts of each task, as a share of --prompts
-GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5}  # weight of each task's mean token loss: a picture's
+GRPO_PROMPTS = {"draw": 1.0, "caption": 1.0, "ask": 1.0, "reason": 0.25, "judge": 1.0}  # prompts of each task, as a share of --prompts
+GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5, "judge": 0.5}  # weight of each task's mean token loss: a picture's
 # reward is spread over 16 tokens or 64, a short answer's over two, so the mean over tokens would let answers dominate
 
 
@@ -399,6 +400,7 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.device, self.dtype, self.reason = pick_device(config.device)
         self.sources = make_sources(config.data, config.data_dir, config.jitter, config.download)
+        self.drawing = [s for s in self.sources if "draw" in s.tasks]  # the others need no reward but the key
         self.interrupted, self.learning = None, False
 
     def rng(self, *place):
@@ -406,6 +408,10 @@ class Trainer:
 
     def generator(self, rng):
         return torch.Generator(self.device).manual_seed(rng.getrandbits(60))
+
+    @functools.cached_property
+    def judges(self):
+        return evaluation.judges(vars(self.config), self.sources)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -497,10 +503,12 @@ class Trainer:
         """Patches and words of all data sets."""
         c, rng = self.config, self.rng("codebook")
         pools = ("paired", "three") * 2000
-        pictures = np.stack([s.example(rng, "caption", pool).picture for s in self.sources for pool in pools])
+        look = lambda s: "caption" if "caption" in s.tasks else s.tasks[0]  # noqa: E731
+        shown = lambda s: pools[: 1400 if look(s) == "judge" else None]  # three pictures each  # noqa: E731
+        pictures = pictures_of([s.example(rng, look(s), pool) for s in self.sources for pool in shown(s)])
         codebook = Codebook.fit(pictures, c.codes, c.patch, seed=c.seed)
         for s in self.sources:
-            sample = np.stack([s.example(rng, "caption", split="val").picture for _ in range(500)])
+            sample = pictures_of([s.example(rng, look(s), split="val") for _ in range(500)])
             print(f"codebook: {len(codebook.entries)} entries; {s.name} validation pictures {codebook.psnr(sample):.1f} dB")
         vocab = Vocabulary.train((t for s in self.sources for t in s.texts(rng, 6000)), len(codebook.entries), codebook.side**2)
         print(f"words: {len(vocab.words)} in {vocab.n_text} text tokens; vocabulary {vocab.size}")
@@ -570,7 +578,7 @@ class Trainer:
             rng = self.rng(stage, step)
             rows = self.pairs(rng, self.config.batch, labelled=labelled)
             loss, tokens = self.next_token_loss(model, rows)
-            parts, row = {"nll": loss}, {"tokens": tokens, "labels": sum(e.task in ("ask", "reason") for _, e, _ in rows)}
+            parts, row = {"nll": loss}, {"tokens": tokens, "labels": sum(e.task in ("ask", "reason", "judge") for _, e, _ in rows)}
             shown = [(e, alone) for _, e, alone in rows if e.task != "text" and not (alone and e.task == "caption")]
             some = [e for e, alone in shown if not words or (e.task in ("draw", "caption") and not alone)]
             if objective and some:
@@ -637,16 +645,19 @@ class Trainer:
 
     def rewards(self, mix=None):
         """The rewards of --reward, or of another mix."""
-        c, preference, mix = self.config, None, mix or self.config.reward
+        c, preference, mix = self.config, None, (mix or self.config.reward) if self.drawing else "rule"
         if mix != "rule":
             preference = PreferenceModel(self.vocab.n_text, c.patch, width=c.clip_width).to(self.device).eval()
             evaluation.load_weights(preference, self.folder / "preference.safetensors")
-        clip = evaluation.load_clip(self.folder, "clip", self.vocab, vars(c), self.device)
+        clip = evaluation.load_clip(self.folder, "clip", self.vocab, vars(c), self.device) if self.drawing else None
         return Rewards(clip, self.vocab, preference=preference, weights=MIXES[mix])
 
     def clip_stage(self):
         """The reward's CLIP on noisy pairs; a second one, of another seed, on clean pairs of all pools, that only reports."""
         c = self.config
+        if not self.drawing:
+            print("clip: nothing to learn, no data set here has pictures with captions; answers are rewarded by the key")
+            return write_json(self.folder / "reward_validity.json", {})
         everything = ("paired", "prompted", "three", "heldout")
         reports = c.clip_steps * 2 // 5  # clean pairs teach faster
         for stage, steps, noise, pools, held_out, longest in (
@@ -658,7 +669,7 @@ class Trainer:
                 """Pairs, each caption with its false edits."""
                 rng, examples, edited = self.rng(stage, step), [], []
                 for _ in range(c.clip_batch):
-                    source = rng.choice(self.sources)
+                    source = rng.choice(self.drawing)
                     examples.append(source.example(rng, "draw", rng.choice(pools), noise=noise))
                     edited += source.negatives(rng, examples[-1].prompt, c.clip_edits, held_out, longest)
                 ids, edits = (text_ids(self.vocab, t, self.device) for t in ([e.prompt for e in examples], edited))
@@ -680,7 +691,7 @@ class Trainer:
         def losses(step):
             """Pairs, half of them made, half sampled."""
             rng = self.rng("preference", step % math.ceil(c.pair_limit / c.pairs) if c.pair_limit else step)
-            source = rng.choice(self.sources)
+            source = rng.choice(self.drawing)
             own = rng.sample(ranked, min(c.pairs // 2, len(ranked)))
             pairs = own + make_pairs(source, rng, c.pairs - len(own))
             with self.autocast():
@@ -689,10 +700,10 @@ class Trainer:
 
         self.optimise("preference", model, c.preference_steps, c.clip_lr, losses)
         model.eval()
-        set_anchor(model, self.vocab, [p for s in self.sources for p in make_pairs(s, self.rng("anchor"), 512 // len(self.sources))])
+        set_anchor(model, self.vocab, [p for s in self.drawing for p in make_pairs(s, self.rng("anchor"), 512 // len(self.drawing))])
         save_atomically(model.state_dict(), self.folder / "preference.safetensors")
         found = {}
-        for source in self.sources:
+        for source in self.drawing:
             held_out = make_pairs(source, self.rng("held-out pairs"), 1024, noise=None, split="val")
             found[source.name] = report = pair_report(model, self.vocab, held_out)
             shares = ", ".join(f"{k} {v:.2f}" for k, v in report["accuracy"].items() if " " not in k)
@@ -703,7 +714,7 @@ class Trainer:
         """Preference pairs of the base model's own drawings and captions, ranked by the CLIP score, prompts as in GRPO."""
         rewards, model, pairs = self.rewards("rule"), self.policy("base").eval(), []
         for task in ("draw", "caption"):
-            for source in self.sources:
+            for source in self.drawing:
                 rng = self.rng("ranked", task, source.name)
                 examples = [source.example(rng, task, source.prompt_pool(rng, task)) for _ in range(prompts)]
                 outputs = evaluation.Evaluator(model, self.vocab, self.codebook, source, None).outputs(examples, group=group)
@@ -720,9 +731,11 @@ class Trainer:
         """Reward validity: does this mix of rewards rank a model's own drawings as the judge does? Before RL, and after it,
         by what the policy has found meanwhile. Validation prompts; the answer is written down and shown, nothing is chosen
         by it. least: faulty drawings of one kind that there must be to speak of it."""
+        if not self.drawing:
+            return {}
         rewards, found = self.rewards(mix), {}
         model = self.policy(name)
-        for source, judge in evaluation.judges(vars(self.config), self.sources):
+        for source, judge in self.judges:
             asked = evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", self.config.seed)
             for pool, pools in list(judge.pools.items())[:2]:  # never on what no prompt may name
                 examples = asked.examples("draw", prompts, pools)
@@ -792,9 +805,9 @@ class Trainer:
                     nll, tokens = self.next_token_loss(policy, rows)
                     parts["ptx"], row["nll"] = c.ptx_coef * nll, float(nll.detach())  # (T1)
                     row["ptx_tokens"] = row.get("ptx_tokens", 0) + tokens
-                    row["labels"] = row.get("labels", 0) + sum(e.task in ("ask", "reason") for _, e, _ in rows)
+                    row["labels"] = row.get("labels", 0) + sum(e.task in ("ask", "reason", "judge") for _, e, _ in rows)
                 if epoch == 0:
-                    row["labels"] = row.get("labels", 0) + sum(len(r.rewards) for r, _ in rollouts if r.task in ("ask", "reason"))
+                    row["labels"] = row.get("labels", 0) + sum(len(r.rewards) for r, _ in rollouts if r.task in ("ask", "reason", "judge"))
                     if stage == "dpo":
                         row["pairs"] = sum(len(best_and_worst(r.rewards)[0]) for r, _ in rollouts)
                 yield parts, row
@@ -813,14 +826,17 @@ class Trainer:
     # ------------------------------------------------------------ looking at it
 
     def watcher(self, every=20, prompts=32, group=4):
-        """Every so often: the judge's score and diversity on validation prompts (shown, never used), and sample pictures."""
-        source, judge = evaluation.judges(vars(self.config), self.sources)[0]
+        """Every so often: the judge's score and diversity on validation prompts (shown, never used), and sample pictures; or, where
+        nothing is drawn, the share of right answers on validation questions."""
+        source, judge = next((pair for pair in self.judges if pair[1].pools), self.judges[0])
         pools = [judge.pools[p] for p in ("compose", "compose_heldout") if p in judge.pools]
 
         def watch(step, model):
             if step % every and step + 1 < self.config.grpo_steps:
                 return {}
             asked, row = evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", self.config.seed), {}
+            if not pools:
+                return {"val_right": float(asked.answers(source.tasks[0], 256).mean())}
             for name, pool in zip(("val", "val_heldout"), pools):
                 front = asked.front(pool, (1.0,), prompts, group)[0]
                 row |= {f"{name}_{k}": v for k, v in front.items() if v is not None and k in ("compose", "diversity")}
@@ -833,14 +849,15 @@ class Trainer:
         """samples/NAME.png: the same prompts from the same noise, whatever the model."""
         (self.folder / "samples").mkdir(exist_ok=True)
         rows = []
-        for source, judge in evaluation.judges(vars(self.config), self.sources):
+        for source, judge in (pair for pair in self.judges if pair[1].pools):
             asked = evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", 1)
             examples = [e for pools in judge.pools.values() for e in asked.examples("draw", 3 if len(judge.pools) > 1 else 8, pools)]
             repeated = [e for e in examples for _ in range(per_prompt)]
             pictures = asked.outputs(examples, group=per_prompt)
             groups = zip(np.split(pictures, len(examples)), np.split(judge.draw(repeated, pictures)[0], len(examples)))
             rows += [(e.prompt, *group) for e, group in zip(examples, groups)]
-        contact_sheet(rows).save(self.folder / "samples" / f"{name}.png")
+        if rows:
+            contact_sheet(rows).save(self.folder / "samples" / f"{name}.png")
         return rows
 
     def eval_stage(self):
@@ -849,9 +866,9 @@ class Trainer:
         if c.method == "lvrpo":
             write_json(self.folder / "reward_validity_aligned.json", self.check_reward(c.reward, "aligned", prompts=128))
         models = {name: self.policy(name).eval() for name in ("base", "aligned")}
-        clip = evaluation.load_clip(self.folder, "clip_report", self.vocab, vars(c), self.device)
+        clip = evaluation.load_clip(self.folder, "clip_report", self.vocab, vars(c), self.device) if self.drawing else None
         results, items, known = {}, {}, self.base_results()
-        for source, judge in evaluation.judges(vars(c), self.sources):
+        for source, judge in self.judges:
             result = evaluation.evaluate(
                 models, self.vocab, self.codebook, source, judge, clip, c.eval_items, c.seed, c.eval_prompts,
                 rewards=self.rewards() if c.method == "best" else None, known=known.get(source.name))  # fmt: skip
@@ -861,7 +878,8 @@ class Trainer:
         print("\n".join(f"health: {warning}" for warning in warnings))
         before, after = (self.draw_samples(model, name) for name, model in models.items())
         both = [(prompt, np.concatenate((a[:4], b[:4])), [*x[:4], *y[:4]]) for (prompt, a, x), (_, b, y) in zip(before, after)]
-        contact_sheet(both, ("before", "after")).save(self.folder / "samples" / "before_after.png")
+        if both:
+            contact_sheet(both, ("before", "after")).save(self.folder / "samples" / "before_after.png")
         frames = [Image.open(p).convert("P") for p in sorted((self.folder / "samples").glob("grpo_*.png"))]
         if frames:
             frames[0].save(self.folder / "samples.gif", save_all=True, append_images=frames[1:], duration=500, loop=0)
@@ -892,7 +910,7 @@ class Trainer:
         c = self.config
         done = {"codebook": "codebook.safetensors", "pretrain": "base.safetensors", "clip": "reward_validity.json",
                 "preference": "preference_validity.json", "eval": "eval.json"}  # fmt: skip
-        every = [s for s in STAGES[c.method] if s != "preference" or c.reward != "rule"]
+        every = [s for s in STAGES[c.method] if s != "preference" or (c.reward != "rule" and self.drawing)]
         wanted = every if c.stage == "all" else [s for s in STAGES[c.method] if s in c.stage.split(",")]
         for stage in wanted:
             if (self.folder / done.get(stage, "aligned.safetensors")).exists() and not (c.stage != "all" and stage == "eval"):
@@ -1054,8 +1072,9 @@ def take_over(config, folder):
     """Copy what --base already trained. What goes on with next-token training gets as many steps as fit the seconds that the
     rewards and alignment took there."""
     base = Path(config.base)
-    kept = ("codebook.safetensors", "tokenizer.json", "words.json", "base.safetensors", "clip.safetensors", "clip_report.safetensors",
-            "reward_validity.json")  # fmt: skip
+    kept = ("codebook.safetensors", "tokenizer.json", "words.json", "base.safetensors", "reward_validity.json")
+    if any("draw" in SOURCES[name].tasks for name in config.data.split(",")):
+        kept += ("clip.safetensors", "clip_report.safetensors")
     kept += tuple(n for n in ("preference.safetensors", "preference_validity.json") if (base / n).is_file())
     for name in kept:
         if not (base / name).is_file():
