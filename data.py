@@ -967,22 +967,25 @@ class FashionMNIST:
 
 
 class Asked:
-    """What SHAPES and NLVR share as sources: one task, `splits` of real items, and in training made ones beside them."""
+    """What SHAPES and NLVR share as sources: one task, `splits` of real items, and in training made ones beside them. Half of
+    pre-training is lessons: what stands in one place? A yes or no alone is too little to learn to see from."""
 
-    made = 0.8  # share of the training examples
+    made, lessons = 0.8, 0.5  # share of made items in training; of lessons in pre-training
 
     def example(self, rng, task, pool="paired", noise=None, split="train"):
-        """As World.example; there is one pool, and questions are clean."""
+        """As World.example. Pools: "paired" has lessons, "prompted" has none. Questions are clean."""
+        if split == "train" and pool == "paired" and rng.random() < self.lessons:
+            return self.lesson(rng)
         return self.make(rng) if split == "train" and rng.random() < self.made else self.shuffled(rng, rng.choice(self.splits[split]))
 
     def shuffled(self, rng, example):
         return example
 
     def prompt_pool(self, rng, task):
-        return "paired"
+        return "prompted"
 
     def texts(self, rng, n):
-        for e in [*self.splits["train"], *(self.make(rng) for _ in range(n // 4))]:
+        for e in [*self.splits["train"], *(how(rng) for _ in range(n // 8) for how in (self.make, self.lesson))]:
             yield f"{e.prompt} {e.answer}"
 
 
@@ -1010,6 +1013,12 @@ class Shapes(Asked):
             if (answer := grid_answer(grid, question)) is not None:
                 return Example("ask", render_grid(rng, grid), question, NO_YES[answer])
 
+    def lesson(self, rng):
+        grid, row, column, what = sample_grid(rng), rng.randrange(3), rng.randrange(3), rng.randrange(2)
+        place = f"{('top', 'middle', 'bottom')[row]} {('left', 'center', 'right')[column]}"
+        answer = grid.get((row, column), ("nothing",) * 2)[what]
+        return Example("ask", render_grid(rng, grid), f"what {('color', 'shape')[what]} is at the {place} ?", answer)
+
 
 class NLVR(Asked):
     """NLVR as a source. No sentence of dev or test is trained on, real or made; words that the train rows do not have are
@@ -1034,6 +1043,14 @@ class NLVR(Asked):
     def make(self, rng):
         text, boxes, label = statement(rng, NLVR_ROWS, NLVR_SLOTS, lambda kind: sample_boxes(rng, kind), self.closed)
         return Example("judge", np.stack([render_box(box) for box in boxes]), text, label)
+
+    def lesson(self, rng):
+        kind, k, j, color = rng.choice(("towers", "items")), rng.randrange(4), rng.randrange(3), rng.choice(tuple(NLVR_COLORS))
+        boxes, shape = sample_boxes(rng, kind), rng.choice(SHAPES)
+        asked, answer = f"how many {color} {shape}s are in box {j + 1} ?", str(count(boxes[j], color, shape))
+        if kind == "towers":
+            asked, answer = f"what color is block {k + 1} of tower {j + 1} ?", boxes[j][k].color if k < len(boxes[j]) else "none"
+        return Example("ask", np.stack([render_box(box) for box in boxes]), asked, answer)
 
 
 SOURCES = {"synthetic": World, "fashion_mnist": FashionMNIST, "shapes": Shapes, "nlvr": NLVR}
