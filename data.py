@@ -17,6 +17,9 @@ every patch a held-out picture needs has been seen in pre-training (tests/test_d
 Web captions are noisy, so pre-training captions are too (NOISE): a wrong word (independent noise, which a low sampling
 temperature undoes), an omitted attribute, an omitted or reversed relation (structured noise). Questions are clean.
 
+Further tasks, which --tasks adds: stories of three frames told and drawn (an object appears, disappears, moves, changes
+colour or size), questions of one to three hops with steps and without, and a plan in words before the picture.
+
 A task is a *template* of tokens: entries >= 0 are given, -1 is chosen by the policy from its allowed range [lo, hi).
 Here what is chosen stands after an arrow; TEMPLATES says the same to the machine.
   draw     <bos> <draw> words <image>                      -> codes
@@ -24,6 +27,7 @@ Here what is chosen stands after an arrow; TEMPLATES says the same to the machin
   ask      <bos> <ask> <image> codes question <answer>     -> word <eos>
   reason   <bos> <reason> <image> codes question <answer>  -> <think> steps </think> word <eos>
   text     <bos> <text>                                    -> words <eos>         (plain language modelling)
+  hops     as ask: questions of one to three hops, answered at once;   steps   as reason: the same, with steps
   story    <bos> <story>, then three times: sentence <image>        -> codes
   tell     <bos> <tell>, three times <image> codes, then <answer>   -> sentence . sentence . sentence <eos>
   judge    <bos> <judge>, two or three times <image> codes, then sentence <answer>   -> true or false <eos>
@@ -64,6 +68,7 @@ COLORS = {"red": (230, 50, 50), "green": (40, 180, 70), "blue": (50, 90, 230), "
 SHAPES = ("circle", "square", "triangle")
 SIZES = {"small": 7, "big": 13}  # width in pixels
 ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
+CELLS = [(row, column) for row in (0, 1) for column in (0, 1)]
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 BACKGROUND = (16, 16, 20)
 KINDS = [(color, shape) for color in COLORS for shape in SHAPES]
@@ -158,14 +163,14 @@ def sample_scene(rng, pool="paired", jitter=0, count=None):
 
     rng is a random.Random; jitter is the largest shift in pixels, 0 or 1; count overrides the pool's object numbers.
     """
-    sizes, cells = tuple(SIZES), [(r, c) for r in (0, 1) for c in (0, 1)]
+    sizes = tuple(SIZES)
     count = count or rng.choice(COUNTS[pool])
     kinds = rng.sample(KINDS, count)
     while not in_pool(pool, kinds):
         kinds = rng.sample(KINDS, count)
     shift = (lambda: (rng.randint(-jitter, jitter), rng.randint(-jitter, jitter))) if jitter else tuple
     return [Object(c, s, sizes[rng.random() < 0.5], row, column, *shift())
-            for (c, s), (row, column) in zip(kinds, rng.sample(cells, count))]
+            for (c, s), (row, column) in zip(kinds, rng.sample(CELLS, count))]
 
 
 # ---------------------------------------------------------------- captions: what is said of a scene, and what is not
@@ -294,7 +299,7 @@ def edits(caption):
             record("shape", shape=shape)
         for size in SIZES if m.size else ():
             record("size", size=size)
-        for cell in ((0, 0), (0, 1), (1, 0), (1, 1)) if m.cell else ():
+        for cell in CELLS if m.cell else ():
             record("position", cell=cell)
         if len(mentions) > 1:
             changed.append(("drop", Caption((*mentions[:i], *mentions[i + 1 :]))))
@@ -319,7 +324,7 @@ def scene_edits(scene):
     >>> [edited[0].kind for kind, edited in scene_edits([Object("red", "circle", "big", 0, 0)]) if kind == "shape"]
     [('red', 'square'), ('red', 'triangle')]
     """
-    free = [c for c in itertools.product((0, 1), (0, 1)) if c not in [(o.row, o.column) for o in scene]]
+    free = [c for c in CELLS if c not in [(o.row, o.column) for o in scene]]
     changed = []
     for i, o in enumerate(scene):
 
@@ -379,6 +384,96 @@ def multihop_question(rng, scene):
     steps = (f"{anchor.color} {anchor.shape} : {ROWS[anchor.row]} {COLUMNS[anchor.column]} . "
              f"{relation} it : {o.size} {o.color} {o.shape}")
     return f"what {what} is the {noun} {relation} the {anchor.color} {anchor.shape} ?", steps, getattr(o, what)
+
+
+def hop_question(rng, scene, hops):
+    """A question of one, two or three hops, its steps and answer: find an object; step to its neighbour, the only object in that
+    direction; step to the only other object like it in one way; read another. None where the scene has no such question.
+
+    >>> scene = [Object("red", "circle", "big", 0, 0), Object("blue", "square", "small", 0, 1), Object("red", "square", "big", 1, 0)]
+    >>> print(" | ".join(hop_question(random.Random(4), scene, 2)))
+    what color is the shape below the red circle ? | red circle : big top left . below it : big red square | red
+    """
+    neighbours = lambda o: [(r, f"{r} it", [p for p in scene if related(p, r, o)]) for r in INVERSE]  # noqa: E731
+    alike = lambda o: [(f"of the same {a} as", f"same {a}", [p for p in scene if p is not o and getattr(p, a) == getattr(o, a)])  # noqa: E731
+                       for a in ("size", "color")]  # fmt: skip
+    chains = [(f"the {o.color} {o.shape}", f"{o.color} {o.shape} : {o.size} {ROWS[o.row]} {COLUMNS[o.column]}", o) for o in scene]
+    for ways in (neighbours, alike)[: hops - 1]:
+        chains = [(f"the shape {way} {said}", f"{steps} . {mark} : {p.size} {p.color} {p.shape}", p)
+                  for said, steps, o in chains for way, mark, found in ways(o) if len(found) == 1 for p in found]  # fmt: skip
+    if not chains:
+        return None
+    said, steps, o = rng.choice(chains)
+    if hops == 1 and rng.random() < 0.5:
+        return f"where is {said} ?", steps, f"{ROWS[o.row]}-{COLUMNS[o.column]}"
+    what = rng.choice([w for w in ("size", "color", "shape") if f"same {w}" not in said] if hops > 1 else ["size"])
+    return f"what {what} is {said.replace('shape', 'thing', 1) if what == 'shape' else said} ?", steps, getattr(o, what)
+
+
+# ---------------------------------------------------------------- stories: three frames, and what happens between them
+
+class Story(NamedTuple):
+    """Three scenes; the sentence told of each, first a caption, then two events; and the Caption that each frame must fit by
+    all that was told up to there: what is said once holds until something changes it."""
+
+    scenes: tuple
+    told: tuple
+    captions: tuple
+
+
+def described(scene, rng=None, chance=1.0):
+    """The full Caption of a scene: every object with its place, in reading order; its size with this chance."""
+    return Caption(tuple(Mention(o.color, o.shape, o.size if chance == 1.0 or rng.random() < chance else None, (o.row, o.column))
+                         for o in sorted(scene, key=lambda o: (o.row, o.column))))  # fmt: skip
+
+
+def happens(rng, scene, caption, most, noise=None, chance=1.0):
+    """One event, told: (the next scene, its sentence, its Caption). caption: of this scene, its mentions in the order of the objects.
+    most: objects there may be. noise: chances as in NOISE; "wrong" tells another outcome of what happened to that object."""
+    i, free = rng.randrange(len(scene)), [c for c in CELLS if c not in [(o.row, o.column) for o in scene]]
+    o, new, mentions = scene[i], [k for k in KINDS if k not in [o.kind for o in scene]], list(caption.mentions)
+    the = f"the {o.color} {o.shape}"
+    event = rng.choice(("appears",) * (len(scene) < most) + ("disappears",) * (len(scene) > 1) + ("moves", "color", "size"))
+    if event == "disappears":
+        del mentions[i]
+        return scene[:i] + scene[i + 1 :], f"{the} disappears", Caption(tuple(mentions))
+
+    def outcome():
+        (color, shape), (row, column) = rng.choice(new), rng.choice(free)
+        change = {"moves": {"row": row, "column": column}, "color": {"color": rng.choice([c for c, s in new if s == o.shape])},
+                  "size": {"size": "small" if o.size == "big" else "big"}}  # fmt: skip
+        if event == "appears":
+            return Object(color, shape, rng.choice(tuple(SIZES)), row, column, o.dx, o.dy)
+        return o._replace(**change[event])
+
+    after = outcome()
+    told = outcome() if noise and rng.random() < noise["wrong"] else after
+    cell, where = (told.row, told.column), f"the {ROWS[told.row]} {COLUMNS[told.column]}"
+    if event == "appears":
+        seen = Mention(*told.kind, told.size if rng.random() < chance else None)
+        return [*scene, after], f"{seen.text()} appears at {where}", Caption((*mentions, seen._replace(cell=cell)))
+    said = {"cell": cell} if event == "moves" else {event: getattr(told, event)}
+    mentions[i] = mentions[i]._replace(**{"color": o.color, "shape": o.shape, **said})
+    sentence = f"{the} moves to {where}" if event == "moves" else f"{the} becomes {said[event]}"
+    return [*scene[:i], after, *scene[i + 1 :]], sentence, Caption(tuple(mentions))
+
+
+def sample_story(rng, pool="paired", jitter=0, noise=None, chance=0.5):
+    """A random Story. As in scenes, the kinds of all frames and sentences together must fit the pool; frames have at most two
+    objects in the pools of pairs, and at least one has three in the others. chance: of a size to be told."""
+    most = max(COUNTS[pool])
+    while True:
+        scene = sample_scene(rng, pool, jitter, min(2, rng.choice(COUNTS[pool])))
+        scene = sorted(scene, key=lambda o: (o.row, o.column))
+        caption = described(scene, rng, chance)
+        caption = noisy_caption(rng, caption, pool, noise) if noise else caption
+        scenes, told, captions = [scene], [caption.text()], [caption]
+        for _ in range(2):
+            scene, sentence, caption = happens(rng, scene, caption, most, noise, chance)
+            scenes, told, captions = [*scenes, scene], [*told, sentence], [*captions, caption]
+        kinds = [o.kind for scene in scenes for o in scene] + [kind for caption in captions for kind in caption.kinds]
+        if in_pool(pool, kinds) and (most < 3 or max(map(len, scenes)) == 3):
+            return Story(tuple(scenes), tuple(told), tuple(captions))
 
 
 # ---------------------------------------------------------------- sentences that count, true or false of several pictures
@@ -489,7 +584,8 @@ def pictures_of(examples):
 class World:
     """The synthetic world as a source of examples. All randomness comes from the random.Random that is handed in."""
 
-    name, tasks = "synthetic", ("draw", "caption", "ask", "reason", "text")
+    name = "synthetic"
+    tasks = ("draw", "caption", "ask", "reason", "text", "story", "tell", "hops", "steps", "plan", "judge")
 
     def __init__(self, jitter=0):
         self.jitter = jitter
@@ -497,6 +593,12 @@ class World:
     def example(self, rng, task, pool="paired", noise=None, split="train"):
         """One example of a task from a pool. noise: chances as in NOISE, or None for clean captions.
         Splits differ only by the rng that is passed (another seed, other scenes)."""
+        if task in ("story", "tell"):
+            story = sample_story(rng, pool, self.jitter, noise, 0.5 if task == "story" else 1.0)
+            pictures, told = np.stack([render(scene) for scene in story.scenes]), " . ".join(story.told)
+            return Example(task, pictures, *((told, "") if task == "story" else ("", told)), story)
+        if task in ("hops", "steps"):
+            return self.hop_example(rng, task, pool)
         if task == "text" and rng.random() < 0.3:
             pool = "three"  # text alone is cheap and wide: it tells of scenes that no picture shows
         if task == "judge":  # two or three pictures
@@ -513,13 +615,25 @@ class World:
             return Example(task, picture, asked, f"<think> {steps} </think> {answer}", scene)
         caption = true_caption(rng, scene)
         text = (noisy_caption(rng, caption, pool, noise) if noise else caption).text()
-        prompt, answer = (text, "") if task == "draw" else ("", text)
+        prompt, answer = {"draw": (text, ""), "plan": (text, described(scene).text())}.get(task, ("", text))
         return Example(task, picture, prompt, answer, (scene, caption))
+
+    def hop_example(self, rng, task, pool):
+        """A question of one or two hops, or, where pictures have three objects, of three hops: there the steps are never
+        shown, the reference thinks nothing. `truth` is (scene, hops, worked steps)."""
+        hops, asked = 3 if max(COUNTS[pool]) == 3 else rng.choice((1, 2)), None
+        while not asked:
+            scene = sample_scene(rng, pool, self.jitter, 2 if hops == 2 else None)
+            asked = hop_question(rng, scene, hops)
+        question, steps, answer = asked
+        thought = f"<think> {steps if hops < 3 else ''} </think> ".replace("  ", " ") if task == "steps" else ""
+        return Example(task, render(scene), question, thought + answer, (scene, hops, steps))
 
     def texts(self, rng, n):
         """n texts that hold every word of the world: what the tokenizer is trained on."""
+        tasks = self.tasks + self.tasks[-1:] * (len(self.tasks) % 2 == 0)  # an odd number of them: each meets both pools
         for i in range(n):
-            e = self.example(rng, self.tasks[i % 5], "three" if i % 2 else "paired")
+            e = self.example(rng, tasks[i % len(tasks)], "three" if i % 2 else "paired")
             yield f"{e.prompt} {e.answer}"
 
     def lookalikes(self, rng, n, split="train", family=8):
@@ -535,9 +649,9 @@ class World:
         return [Example("caption", render(scene), "", caption.text(), (scene, caption)) for scene, caption in zip(scenes, captions)]
 
     def prompt_pool(self, rng, task):
-        """Where the GRPO stage takes its prompts from: half of them ask for, or show, three objects."""
+        """Where the GRPO stage takes its prompts from: half of them ask for, show or tell of three objects."""
         draws = ("paired",) * 3 + ("prompted",) * 2 + ("three",) * 5
-        return rng.choice(draws if task == "draw" else ("paired", "three"))
+        return rng.choice(draws if task in ("draw", "plan") else ("paired", "three"))
 
     def negatives(self, rng, text, n, held_out=True, longest=3):
         """n captions one edit away from a caption, all kinds of edit alike (repeated if there are fewer), none naming a
@@ -1056,13 +1170,21 @@ class NLVR(Asked):
 SOURCES = {"synthetic": World, "fashion_mnist": FashionMNIST, "shapes": Shapes, "nlvr": NLVR}
 
 
-def make_sources(names, data_dir, jitter=0, fetch_missing=False):
-    """The sources named in a comma-separated list; real data is read from data_dir/NAME, downloaded first if asked for."""
+def tasks_of(source, names=None):
+    """Those of a source's tasks that are named; its own where it knows none of them."""
+    return tuple(t for t in source.tasks if names is None or t in names) or source.tasks
+
+
+def make_sources(names, data_dir, jitter=0, fetch_missing=False, tasks=None):
+    """The sources named in a comma-separated list; real data is read from data_dir/NAME, downloaded first if asked for. tasks:
+    names that each source is limited to, see tasks_of."""
     made = []
     for name in names.split(","):
         if name != "synthetic" and fetch_missing:
             download(name, data_dir)
-        made.append(World(jitter) if name == "synthetic" else SOURCES[name](Path(data_dir) / name))
+        source = World(jitter) if name == "synthetic" else SOURCES[name](Path(data_dir) / name)
+        source.tasks = tasks_of(source, tasks)
+        made.append(source)
     return made
 
 
@@ -1070,14 +1192,16 @@ def make_sources(names, data_dir, jitter=0, fetch_missing=False):
 
 TEMPLATES = {  # after <bos> and the task's name; with a question mark: chosen. Every picture stands behind its <image>
     "draw": "prompt picture?", "caption": "pictures <answer> answer?", "ask": "pictures prompt <answer> answer?",
-    "reason": "pictures prompt <answer> answer?", "text": "answer?", "story": "prompt picture? prompt picture? prompt picture?",
+    "reason": "pictures prompt <answer> answer?", "text": "answer?", "hops": "pictures prompt <answer> answer?",
+    "steps": "pictures prompt <answer> answer?", "story": "prompt picture? prompt picture? prompt picture?",
     "tell": "pictures <answer> answer?", "judge": "pictures prompt <answer> answer?",
     "plan": "prompt <answer> answer? picture?"}  # fmt: skip
 SPECIAL = ("<pad>", "<bos>", *(f"<{task}>" for task in TEMPLATES), "<image>", "<answer>",  # always given
            "<eos>", "<think>", "</think>")  # these three can be chosen: text that is chosen starts at <eos>
 PAD, BOS, IMAGE, ANSWER, EOS = (SPECIAL.index(s) for s in ("<pad>", "<bos>", "<image>", "<answer>", "<eos>"))
 THINK, END_THINK = "<think>", "</think>"
-MAX_TEXT = {"caption": 18, "ask": 3, "reason": 20, "text": 18, "tell": 44, "judge": 3, "plan": 20}  # tokens of a free text, with <eos>
+MAX_TEXT = {"caption": 18, "ask": 3, "reason": 20, "text": 18, "hops": 3, "steps": 28, "tell": 44, "judge": 3, "plan": 28}
+# tokens that a free text may have, <eos> included
 
 
 class Batch(NamedTuple):

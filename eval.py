@@ -14,6 +14,7 @@ It is no reward, and it chooses no checkpoint; temperatures are chosen on valida
                    Scenes one edit apart are among them; what is also true of the picture by its scene is not
   (E7) frechet   = |m - n|^2 + tr(C + D - 2 (C D)^(1/2)), means and covariances of real and of drawn pictures as the second
                    CLIP sees them: 64 numbers a picture. It is not the FID of the Inception network
+  (E8) story     = share of stories whose frames are all right and consistent: what no sentence changes is the same in the next
 
 A result on drawing is a *front*: quality against diversity over temperatures. One number at temperature 1 says little,
 because a low temperature alone makes a model look better and duller.
@@ -34,6 +35,7 @@ import html
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -71,7 +73,7 @@ from data import (
 from grpo import rollout, rollout_loss
 from kernels import fused_linear_grpo_loss, selected_logprobs
 from model import Codebook, ModelConfig, Transformer, completion_mask, completion_states, pick_device, sample
-from reward import CLIP, Rewards, clip_score, exact_match
+from reward import CLIP, Rewards, clip_score, exact_match, sentences_right
 
 # ---------------------------------------------------------------- the judge: picture -> objects -> is the prompt true?
 
@@ -164,10 +166,27 @@ def holds(scene, caption):
     return all(ok for _, ok in statements(scene, caption))  # (E1)
 
 
+def consistent(drawn, scenes):
+    """Does everything stay that should? Of the objects that are in two successive true scenes, those drawn must have in common
+    what the true ones have in common: an object that only moves keeps its colour, shape and size, whatever size was drawn."""
+    for a, b, first, second in zip(scenes, scenes[1:], drawn, drawn[1:]):
+        gone, new = ([o for o in x if o not in y] for x, y in ((a, b), (b, a)))
+        first, second = ({o.kind: o for o in objects} for objects in (first, second))
+        for o, p in [*((o, o) for o in a if o in b), *zip(gone, new)]:
+            d, e = first.get(o.kind), second.get(p.kind)
+            if not (d and e and all(x == y for x, y, same in zip(d[:5], e[:5], map(operator.eq, o, p)) if same)):
+                return False
+    return True
+
+
 class WorldJudge:
     """Right or wrong for the synthetic world, and which kinds of statement failed."""
 
     pools = {"compose": ("paired",), "compose_heldout": ("three",), "compose_pairs": ("prompted",), "compose_unprompted": ("heldout",)}
+
+    def __init__(self, draws=True):
+        if not draws:
+            self.pools = {}
 
     def draw(self, examples, pictures):
         """(N,) bool, and {kind: share of statements that are true}."""
@@ -182,6 +201,22 @@ class WorldJudge:
     def failed(self, examples, pictures):
         """For each picture the kinds of statement that are false of it: a list of N sets, empty where all is right."""
         return [{kind for kind, ok in statements(scene, e.truth[1]) if not ok} for e, scene in zip(examples, parse(pictures))]
+
+    def story(self, examples, pictures):
+        """Stories (N, 3, S, S, 3) -> is each frame right, (N, 3) bool, and does what should stay the same, (N,) bool?"""
+        scenes = parse(pictures.reshape(-1, *pictures.shape[2:]))
+        drawn = [scenes[i : i + 3] for i in range(0, len(scenes), 3)]
+        right = [[holds(scene, caption) for scene, caption in zip(story, e.truth.captions)] for e, story in zip(examples, drawn)]
+        return np.array(right), np.array([consistent(story, e.truth.scenes) for e, story in zip(examples, drawn)])
+
+    def plan(self, examples, outputs):
+        """Plans and the pictures after them -> is the plan in full and true of its prompt, and is it what was drawn? (N,) bool each."""
+        plans = [parse_caption(text) for text, _ in outputs]
+        objects = [[Object(m.color, m.shape, m.size, *m.cell) for m in c.mentions] if c and all(m.cell for m in c.mentions) else None
+                   for c in plans]  # fmt: skip
+        true = [o is not None and holds(o, e.truth[1]) for o, e in zip(objects, examples)]
+        return np.array(true), np.array([o is not None and holds(scene, c) for o, c, scene in zip(
+            objects, plans, parse(np.stack([picture for _, picture in outputs])))])  # fmt: skip
 
     def caption(self, examples, texts):
         """(N,) bool: a caption that is true of the scene and names colour and shape of every object."""
@@ -312,7 +347,7 @@ class Evaluator:
             some = samples[start * n : (start + len(part)) * n]
             rewards = self.rewards.total(self.rewards(self.source, part[0].task, part, some, random.Random(seed)))  # (B, n)
             chosen += [some[i * n + j] for i, j in enumerate(rewards.argmax(1).tolist())]
-        return np.stack(chosen) if part[0].task == "draw" else chosen
+        return np.stack(chosen) if examples[0].task == "draw" else chosen
 
     def answers(self, task, n, pools=("paired",), temperature=0.0):
         """(N,) bool for ask, reason, judge and caption."""
@@ -435,10 +470,13 @@ def decode(vocab, codebook, task, batch, tokens):
 
 TEMPERATURES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 METRICS = {  # group: metrics; those that no task of a run gives are null
-    "understanding": ("vqa", "vqa_three", "vqa_val", "retrieval_i2t_r1", "retrieval_t2i_r1", "caption", "caption_three"),
+    "understanding": ("vqa", "vqa_three", "vqa_val", "retrieval_i2t_r1", "retrieval_t2i_r1", "caption", "caption_three", "tell",
+                      "tell_sentences", "tell_three"),
     "generation": ("compose", "compose_heldout", "compose_pairs", "compose_unprompted", "clip_score", "frechet", "frechet_floor", "story",
-                   "diversity", "diversity_heldout"),  # fmt: skip
-    "reasoning": ("visual", "visual_three", "visual_val", "visual_consistency", "multihop", "multihop_three"),
+                   "story_frames", "story_consistent", "story_three", "plan_compose", "plan_compose_heldout", "plan_compose_pairs",
+                   "plan_compose_unprompted", "plan_true", "plan_followed", "diversity", "diversity_heldout"),
+    "reasoning": ("visual", "visual_three", "visual_val", "visual_consistency", "multihop", "multihop_three",
+                  *(f"{task}_{hops}" for hops in (1, 2, 3) for task in ("hops", "steps")), "steps_worked"),
     "language": ("text_nll",),
 }
 
@@ -451,6 +489,7 @@ def measure(evaluator, clip, n=1000):
     def note(metric, outcomes, cell, **more):
         found[metric], items[metric] = cell(outcomes) | more, np.round(outcomes * 1, 4).tolist()
 
+    tasks = e.source.tasks
     for metric, pools in judge.pools.items():  # at temperature 1, one picture a prompt
         examples = e.examples("draw", 2 * n if metric == "compose" else n, pools)
         pictures = e.outputs(examples)
@@ -462,6 +501,35 @@ def measure(evaluator, clip, n=1000):
             seen = [embed(clip, x) for x in (pictures, real, other)]
             for name, ours in {"frechet": seen[0], "frechet_floor": seen[1]}.items():
                 found[name] = {"value": round(frechet(ours, seen[2]), 5), "low": None, "high": None, "n": 2 * n}
+    for metric, pools in judge.pools.items() if "plan" in tasks else ():
+        examples = e.examples("plan", n, pools)
+        outputs = e.outputs(examples)
+        note(f"plan_{metric}", judge.draw(examples, np.stack([picture for _, picture in outputs]))[0], rate)
+        if metric == "compose_heldout":
+            for name, right in zip(("true", "followed"), judge.plan(examples, outputs)):
+                note(f"plan_{name}", right, rate)
+    for three, pools in {"": ("paired",), "_three": ("three",)}.items() if "story" in tasks else ():
+        examples = e.examples("story", n, pools)
+        frames, same = judge.story(examples, e.outputs(examples))
+        note(f"story{three}", frames.all(1) & same, rate)  # (E8)
+        if not three:
+            note("story_frames", frames.flatten(), rate)
+            note("story_consistent", same, rate)
+    for three, pools in {"": ("paired",), "_three": ("three",)}.items() if "tell" in tasks else ():
+        examples = e.examples("tell", n, pools)
+        shares = np.array([sentences_right(text, x.answer) for text, x in zip(e.outputs(examples, 0.0), examples)])
+        note(f"tell{three}", shares == 1, rate)
+        if not three:
+            note("tell_sentences", shares, average)
+    for task in {"hops", "steps"} & set(tasks):  # of one and two hops about two objects, of three hops about three
+        examples = e.examples(task, 2 * n, ("paired", "three"))
+        texts, hops = e.outputs(examples, 0.0), np.array([x.truth[1] for x in examples])
+        right = np.array([exact_match(text, x.answer) > 0 for text, x in zip(texts, examples)])
+        for k in (1, 2, 3):
+            note(f"{task}_{k}", right[hops == k], rate)
+        if task == "steps":
+            worked = [text.startswith(f"<think> {x.truth[2]} </think>") for text, x in zip(texts, examples) if x.truth[1] == 3]
+            note("steps_worked", np.array(worked), rate)
     if isinstance(e.source, Asked):
         measure_asked(e, n, note)
     for metric, task in {"vqa": "ask", "caption": "caption", "multihop": "reason", "visual": "judge"}.items():  # the most likely answer
@@ -585,11 +653,14 @@ def report(folder):
     health = "".join(f"<li>{say(w)}</li>" for w in meta["health"]) or "<li>nothing that worries</li>"
     title = f"{meta['method']}, seed {meta['seed']}, {meta['data']}, {meta['preset']} preset"
     facts = "\n".join(f"{k}: {meta[k]}" for k in ("command", "commit", "machine", "versions", "seconds"))
+    path = folder / "samples" / "transcripts.txt"
+    thoughts = f"<h2>Questions of three hops</h2><pre>{say(path.read_text(encoding='utf-8'))}</pre>" if path.is_file() else ""
     style = "body{font:16px/1.5 system-ui;max-width:68rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}pre{overflow-x:auto}"
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{say(title)}</title><style>{style}</style><h1>{say(title)}</h1><h2>Health</h2><ul>{health}</ul>
-<h2>Before and after</h2>{image("samples/before_after.png")}<h2>Test scenes</h2><pre>{say(tables(result))}</pre>
-<h2>Curves</h2>{image("curves.png")}<h2>Run</h2><pre>{say(facts)}\n{say(json.dumps(meta["config"], indent=1))}</pre></html>
+<h2>Before and after</h2>{image("samples/before_after.png")}{image("samples/stories.png")}
+<h2>Test scenes</h2><pre>{say(tables(result))}</pre>
+{thoughts}<h2>Curves</h2>{image("curves.png")}<h2>Run</h2><pre>{say(facts)}\n{say(json.dumps(meta["config"], indent=1))}</pre></html>
 """
 
 
@@ -715,9 +786,9 @@ def load_clip(folder, name, vocab, config, device="cpu"):
 
 def judges(config, sources=None):
     """(source, judge) for every data set of a run."""
-    sources = sources or make_sources(config["data"], config["data_dir"], config["jitter"])
-    kinds = {"synthetic": lambda _: WorldJudge(), "fashion_mnist": FashionJudge}
-    return [(source, kinds.get(source.name, lambda _: KeyJudge())(source)) for source in sources]
+    sources = sources or make_sources(config["data"], config["data_dir"], config["jitter"], tasks=config["tasks"].split(","))
+    kinds = {"synthetic": lambda source: WorldJudge("draw" in source.tasks), "fashion_mnist": FashionJudge}
+    return [(source, kinds.get(source.name, lambda source: KeyJudge())(source)) for source in sources]
 
 
 # ---------------------------------------------------------------- ablations: many short runs from one base
@@ -774,7 +845,7 @@ def ablate(name, run, out, seeds=3, jobs=1, **flags):
     flags, out = SHORT | flags, Path(out)
     config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
     shape = ("width", "layers", "heads", "patch", "codes", "jitter", "clip_width")
-    flags |= {k: config[k] for k in ("preset", "device", "data", "data_dir", *shape)}
+    flags |= {k: config[k] for k in ("preset", "device", "data", "data_dir", "tasks", *shape)}
     flags["threads"] = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
         defaults = list(pool.map(lambda seed: trained(out / f"default-{seed}", base=run, seed=seed, **flags), range(seeds)))

@@ -50,6 +50,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import eval as evaluation
-from data import NOISE, PAD, SOURCES, SPECIAL, Vocabulary, make_sources, pictures_of
+from data import NOISE, PAD, SOURCES, SPECIAL, Vocabulary, make_sources, pictures_of, tasks_of
 from grpo import (
     best_and_worst,
     combine_rewards,
@@ -87,6 +88,7 @@ from reward import (
     PreferenceModel,
     Rewards,
     agreement,
+    captioned,
     clip_loss,
     make_pairs,
     pair_report,
@@ -106,6 +108,7 @@ class Config:
     method: str = "lvrpo"  # lvrpo; baselines unified, clip, beit; controls labels, reject, dpo, best (see above)
     data: str = "synthetic"  # data sets, comma-separated: synthetic, fashion_mnist, shapes, nlvr
     data_dir: str = "data"  # the parent of fashion_mnist/, shapes/ and nlvr/
+    tasks: str = "draw,caption,ask,reason,text"  # what is learned and measured; all: story, tell, hops, steps, plan, judge too
     download: bool = False  # fetch missing public data from the official addresses
     out: str = ""  # run directory; empty means runs/METHOD-PRESET-SEED
     base: str = ""  # take codebook, words, base policy and CLIPs from this run instead of training them
@@ -181,16 +184,24 @@ CHOICES = {
     "reduction": ("token", "sequence", "constant"),
     "level": ("token", "sequence"),
 }
-TASK_MIX = {"draw": 4, "caption": 2, "ask": 6, "reason": 1, "text": 1, "judge": 3}  # of a pre-training batch
-TOKEN_WEIGHT = {"draw": 1.5, "ask": 4.0, "judge": 4.0}  # in its loss; others 1. An answer is one word beside sixteen codes or more:
+TASK_MIX = {"draw": 4, "caption": 2, "ask": 6, "reason": 1, "text": 1, "hops": 4, "steps": 2, "story": 2, "tell": 2, "judge": 4,
+            "plan": 2}  # of a pre-training batch  # fmt: skip
+TOKEN_WEIGHT = {"draw": 1.5, "ask": 4.0, "hops": 4.0, "judge": 4.0, "story": 1.5, "plan": 1.5}
+# in its loss; others 1. An answer is one word beside sixteen codes or more:
 # with equal weights questions are learned last (700 steps: 71% of the answers right, with these 89%)
 ALONE = 0.2  # share of the pictures to draw that come without words, half of them of three objects, and of the captions that come
 # without a picture, all of three objects: pictures alone and texts alone are cheap. It is what guidance needs, and it lets
 # a policy sample, once in a while, what no pair ever showed it
+QUESTIONS = ("ask", "reason", "hops", "steps", "judge")  # tasks with clean answers
+LONG = ("reason", "steps", "story", "tell", "plan")  # tasks that a batch of others had better not be padded to
+CAPTIONED = {"draw", "caption", "story", "plan"}  # tasks that need the reward of pictures with their captions
 OBJECTIVE_WEIGHT = 0.5  # of the contrastive and the masked-code loss beside the next-token loss
-GRPO_PROMPTS = {"draw": 1.0, "caption": 1.0, "ask": 1.0, "reason": 0.25, "judge": 1.0}  # prompts of each task, as a share of --prompts
-GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5, "judge": 0.5}  # weight of each task's mean token loss: a picture's
-# reward is spread over 16 tokens or 64, a short answer's over two, so the mean over tokens would let answers dominate
+GRPO_PROMPTS = {"draw": 1.0, "caption": 1.0, "ask": 1.0, "reason": 0.25, "hops": 0.5, "steps": 0.5, "story": 0.5, "tell": 0.25,
+                "judge": 0.5, "plan": 0.5}  # prompts of each task, as a share of --prompts  # fmt: skip
+GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5, "hops": 0.5, "steps": 0.5, "story": 2.0, "tell": 0.5,
+              "judge": 0.5, "plan": 2.0}  # fmt: skip
+# weight of each task's mean token loss: a picture's reward is spread over 16 tokens or 64, a short answer's over two, so the
+# mean over tokens would let answers dominate
 
 
 def parse_flags(argv=None):
@@ -231,6 +242,7 @@ def make_config(**given):
     if preset == "auto":
         preset = "gpu" if pick_device(given.get("device", "auto"))[0].type == "cuda" else "cpu"
     c = Config(**{**PRESETS[preset], **given, "preset": preset})
+    c.tasks = ",".join(TASK_MIX) if c.tasks == "all" else c.tasks
     c.out = c.out or f"runs/{c.method}-{c.preset}-{c.seed}"
     positive = ("codes", "width", "layers", "heads", "pretrain_steps", "batch", "lr", "clip_steps", "clip_batch", "clip_edits",
                 "clip_width", "clip_lr", "grpo_steps", "prompts", "epochs", "grpo_lr", "temperature", "max_kl", "eval_items",
@@ -254,11 +266,14 @@ def make_config(**given):
         (c.pair_limit >= 0, "pair_limit", "0 or more"),
         (c.fitting_steps >= 0, "fitting_steps", "0 or more"),
         (set(c.data.split(",")) <= set(SOURCES), "data", f"names from {', '.join(SOURCES)}, comma-separated"),
+        (set(c.tasks.split(",")) <= set(TASK_MIX), "tasks", f"all, or names from {', '.join(TASK_MIX)}, comma-separated"),
+        (bool(set(c.tasks.split(",")) & set(GRPO_TASKS)), "tasks", "a task beside text, which nothing rewards"),
+        ("draw" in c.tasks.split(",") or not {"story", "plan"} & set(c.tasks.split(",")), "tasks", "draw beside story and plan"),
         (c.stage == "all" or set(c.stage.split(",")) <= set(stages), "stage", f"all, or names from {', '.join(stages)}"),
     ]
     for ok, name, legal in checks:
         if not ok:
-            near = get_close_matches(str(getattr(c, name)), [*SOURCES, *stages], 1)
+            near = get_close_matches(str(getattr(c, name)), [*SOURCES, *stages, *TASK_MIX], 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected {legal}{hint}")
     return c
@@ -399,8 +414,8 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device, self.dtype, self.reason = pick_device(config.device)
-        self.sources = make_sources(config.data, config.data_dir, config.jitter, config.download)
-        self.drawing = [s for s in self.sources if "draw" in s.tasks]  # the others need no reward but the key
+        self.sources = make_sources(config.data, config.data_dir, config.jitter, config.download, config.tasks.split(","))
+        self.captioned = [s for s in self.sources if CAPTIONED & set(s.tasks)]  # the key rewards the others
         self.interrupted, self.learning = None, False
 
     def rng(self, *place):
@@ -532,14 +547,15 @@ class Trainer:
 
     def pairs(self, rng, n, believed=None, labelled=False):
         """n pre-training examples, as (source, example, is what it is given blanked out?), less those that `believed`(sources,
-        examples, rng) -> (N,) bool turns down. labelled: questions as in the GRPO stage, about three objects too."""
+        examples, rng) -> (N,) bool turns down. labelled: questions as in the GRPO stage, about three objects too; those to be
+        answered at once always are."""
         rows = []
         for _ in range(n):
             source = rng.choice(self.sources)
             task = rng.choice([t for t in source.tasks for _ in range(TASK_MIX[t])])
             alone = task in ("draw", "caption") and rng.random() < ALONE
             pool = "three" if alone and (task == "caption" or rng.random() < 0.5) else "paired"
-            pool = source.prompt_pool(rng, task) if labelled and task in ("ask", "reason") else pool
+            pool = source.prompt_pool(rng, task) if task == "hops" or (labelled and task in QUESTIONS) else pool
             rows.append((source, source.example(rng, task, pool, noise=NOISE), alone))
         if believed:
             told = [row for row in rows if not row[2]]  # no pair, nothing to believe
@@ -548,9 +564,9 @@ class Trainer:
         return rows
 
     def batches(self, rows):
-        """The rows of `pairs` as two Batches, the answers with steps apart: they are the longest, and padding is work for nothing."""
-        for steps in (False, True):
-            part = [(e, alone) for _, e, alone in rows if (e.task == "reason") == steps]
+        """The rows of `pairs` as Batches, the LONG tasks each apart: padding is work for nothing."""
+        for task in (None, *LONG):
+            part = [(e, alone) for _, e, alone in rows if (e.task if e.task in LONG else None) == task]
             if part:
                 examples, alone = zip(*part)
                 batch = self.vocab.batch(examples, self.codebook.encode(pictures_of(examples))).trim()
@@ -578,7 +594,7 @@ class Trainer:
             rng = self.rng(stage, step)
             rows = self.pairs(rng, self.config.batch, labelled=labelled)
             loss, tokens = self.next_token_loss(model, rows)
-            parts, row = {"nll": loss}, {"tokens": tokens, "labels": sum(e.task in ("ask", "reason", "judge") for _, e, _ in rows)}
+            parts, row = {"nll": loss}, {"tokens": tokens, "labels": sum(e.task in (*QUESTIONS, "plan") for _, e, _ in rows)}
             shown = [(e, alone) for _, e, alone in rows if e.task != "text" and not (alone and e.task == "caption")]
             some = [e for e, alone in shown if not words or (e.task in ("draw", "caption") and not alone)]
             if objective and some:
@@ -645,17 +661,17 @@ class Trainer:
 
     def rewards(self, mix=None):
         """The rewards of --reward, or of another mix."""
-        c, preference, mix = self.config, None, (mix or self.config.reward) if self.drawing else "rule"
+        c, preference, mix = self.config, None, (mix or self.config.reward) if self.captioned else "rule"
         if mix != "rule":
             preference = PreferenceModel(self.vocab.n_text, c.patch, width=c.clip_width).to(self.device).eval()
             evaluation.load_weights(preference, self.folder / "preference.safetensors")
-        clip = evaluation.load_clip(self.folder, "clip", self.vocab, vars(c), self.device) if self.drawing else None
+        clip = evaluation.load_clip(self.folder, "clip", self.vocab, vars(c), self.device) if self.captioned else None
         return Rewards(clip, self.vocab, preference=preference, weights=MIXES[mix])
 
     def clip_stage(self):
         """The reward's CLIP on noisy pairs; a second one, of another seed, on clean pairs of all pools, that only reports."""
         c = self.config
-        if not self.drawing:
+        if not self.captioned:
             print("clip: nothing to learn, no data set here has pictures with captions; answers are rewarded by the key")
             return write_json(self.folder / "reward_validity.json", {})
         everything = ("paired", "prompted", "three", "heldout")
@@ -669,8 +685,8 @@ class Trainer:
                 """Pairs, each caption with its false edits."""
                 rng, examples, edited = self.rng(stage, step), [], []
                 for _ in range(c.clip_batch):
-                    source = rng.choice(self.drawing)
-                    examples.append(source.example(rng, "draw", rng.choice(pools), noise=noise))
+                    source = rng.choice(self.captioned)
+                    examples.append(captioned(source, rng, rng.choice(pools), noise))
                     edited += source.negatives(rng, examples[-1].prompt, c.clip_edits, held_out, longest)
                 ids, edits = (text_ids(self.vocab, t, self.device) for t in ([e.prompt for e in examples], edited))
                 with self.autocast():
@@ -691,7 +707,7 @@ class Trainer:
         def losses(step):
             """Pairs, half of them made, half sampled."""
             rng = self.rng("preference", step % math.ceil(c.pair_limit / c.pairs) if c.pair_limit else step)
-            source = rng.choice(self.drawing)
+            source = rng.choice(self.captioned)
             own = rng.sample(ranked, min(c.pairs // 2, len(ranked)))
             pairs = own + make_pairs(source, rng, c.pairs - len(own))
             with self.autocast():
@@ -700,10 +716,10 @@ class Trainer:
 
         self.optimise("preference", model, c.preference_steps, c.clip_lr, losses)
         model.eval()
-        set_anchor(model, self.vocab, [p for s in self.drawing for p in make_pairs(s, self.rng("anchor"), 512 // len(self.drawing))])
+        set_anchor(model, self.vocab, [p for s in self.captioned for p in make_pairs(s, self.rng("anchor"), 512 // len(self.captioned))])
         save_atomically(model.state_dict(), self.folder / "preference.safetensors")
         found = {}
-        for source in self.drawing:
+        for source in self.captioned:
             held_out = make_pairs(source, self.rng("held-out pairs"), 1024, noise=None, split="val")
             found[source.name] = report = pair_report(model, self.vocab, held_out)
             shares = ", ".join(f"{k} {v:.2f}" for k, v in report["accuracy"].items() if " " not in k)
@@ -714,7 +730,7 @@ class Trainer:
         """Preference pairs of the base model's own drawings and captions, ranked by the CLIP score, prompts as in GRPO."""
         rewards, model, pairs = self.rewards("rule"), self.policy("base").eval(), []
         for task in ("draw", "caption"):
-            for source in self.drawing:
+            for source in self.captioned:
                 rng = self.rng("ranked", task, source.name)
                 examples = [source.example(rng, task, source.prompt_pool(rng, task)) for _ in range(prompts)]
                 outputs = evaluation.Evaluator(model, self.vocab, self.codebook, source, None).outputs(examples, group=group)
@@ -731,7 +747,7 @@ class Trainer:
         """Reward validity: does this mix of rewards rank a model's own drawings as the judge does? Before RL, and after it,
         by what the policy has found meanwhile. Validation prompts; the answer is written down and shown, nothing is chosen
         by it. least: faulty drawings of one kind that there must be to speak of it."""
-        if not self.drawing:
+        if not self.captioned:
             return {}
         rewards, found = self.rewards(mix), {}
         model = self.policy(name)
@@ -805,9 +821,9 @@ class Trainer:
                     nll, tokens = self.next_token_loss(policy, rows)
                     parts["ptx"], row["nll"] = c.ptx_coef * nll, float(nll.detach())  # (T1)
                     row["ptx_tokens"] = row.get("ptx_tokens", 0) + tokens
-                    row["labels"] = row.get("labels", 0) + sum(e.task in ("ask", "reason", "judge") for _, e, _ in rows)
+                    row["labels"] = row.get("labels", 0) + sum(e.task in (*QUESTIONS, "plan") for _, e, _ in rows)
                 if epoch == 0:
-                    row["labels"] = row.get("labels", 0) + sum(len(r.rewards) for r, _ in rollouts if r.task in ("ask", "reason", "judge"))
+                    row["labels"] = row.get("labels", 0) + sum(len(r.rewards) for r, _ in rollouts if r.task in (*QUESTIONS, "tell"))
                     if stage == "dpo":
                         row["pairs"] = sum(len(best_and_worst(r.rewards)[0]) for r, _ in rollouts)
                 yield parts, row
@@ -860,13 +876,31 @@ class Trainer:
             contact_sheet(rows).save(self.folder / "samples" / f"{name}.png")
         return rows
 
+    def show(self, models, n=8):
+        """samples/stories.png: stories drawn before and after alignment; samples/transcripts.txt: what either thinks and says
+        to questions of three hops."""
+        for source, judge in self.judges:
+            asked = [evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", 1) for model in models.values()]
+            if "story" in source.tasks:
+                examples = asked[0].examples("story", n, ("paired", "three"))
+                drawn = [e.outputs(examples) for e in asked]
+                right = [judge.story(examples, pictures)[0] for pictures in drawn]
+                rows = [(e.prompt, np.concatenate(p), np.concatenate(ok)) for e, p, ok in zip(examples, zip(*drawn), zip(*right))]
+                contact_sheet(rows, ("before", "after")).save(self.folder / "samples" / "stories.png")
+            if "steps" in source.tasks:
+                examples = asked[0].examples("steps", 2 * n, ("three",))
+                said = zip(*(e.outputs(examples, 0.0) for e in asked))
+                texts = [f"{e.prompt}\n  worked out: {e.truth[2]} -> {e.answer.split()[-1]}\n" + "".join(
+                    f"  {name}: {text}\n" for name, text in zip(models, some)) for e, some in zip(examples, said)]  # fmt: skip
+                (self.folder / "samples" / "transcripts.txt").write_text("\n".join(texts), encoding="utf-8")
+
     def eval_stage(self):
         """Base and aligned on test scenes: eval.json, the table, curves and pictures."""
         c, start = self.config, time.perf_counter()
         if c.method == "lvrpo":
             write_json(self.folder / "reward_validity_aligned.json", self.check_reward(c.reward, "aligned", prompts=128))
         models = {name: self.policy(name).eval() for name in ("base", "aligned")}
-        clip = evaluation.load_clip(self.folder, "clip_report", self.vocab, vars(c), self.device) if self.drawing else None
+        clip = evaluation.load_clip(self.folder, "clip_report", self.vocab, vars(c), self.device) if self.captioned else None
         results, items, known = {}, {}, self.base_results()
         for source, judge in self.judges:
             result = evaluation.evaluate(
@@ -880,6 +914,7 @@ class Trainer:
         both = [(prompt, np.concatenate((a[:4], b[:4])), [*x[:4], *y[:4]]) for (prompt, a, x), (_, b, y) in zip(before, after)]
         if both:
             contact_sheet(both, ("before", "after")).save(self.folder / "samples" / "before_after.png")
+        self.show(models)
         frames = [Image.open(p).convert("P") for p in sorted((self.folder / "samples").glob("grpo_*.png"))]
         if frames:
             frames[0].save(self.folder / "samples.gif", save_all=True, append_images=frames[1:], duration=500, loop=0)
@@ -910,7 +945,7 @@ class Trainer:
         c = self.config
         done = {"codebook": "codebook.safetensors", "pretrain": "base.safetensors", "clip": "reward_validity.json",
                 "preference": "preference_validity.json", "eval": "eval.json"}  # fmt: skip
-        every = [s for s in STAGES[c.method] if s != "preference" or (c.reward != "rule" and self.drawing)]
+        every = [s for s in STAGES[c.method] if s != "preference" or (c.reward != "rule" and self.captioned)]
         wanted = every if c.stage == "all" else [s for s in STAGES[c.method] if s in c.stage.split(",")]
         for stage in wanted:
             if (self.folder / done.get(stage, "aligned.safetensors")).exists() and not (c.stage != "all" and stage == "eval"):
@@ -938,9 +973,8 @@ def contact_sheet(rows, titles=(), zoom=2, words=330):
     for i, title in enumerate(titles):
         draw.text((words + i * (block * size + 12), 4), title, fill="black")
     for y, (prompt, pictures, right) in enumerate(rows):
-        half = len(prompt) > 52 and prompt.rfind(" ", 0, 52)
-        text = prompt[:half] + "\n" + prompt[half + 1 :] if half else prompt
-        draw.multiline_text((8, top + y * size + size // 2 - 6), text, fill="black")
+        text = "\n".join(textwrap.fill(sentence, 51) for sentence in prompt.split(" . "))
+        draw.multiline_text((8, top + y * size + (size // 2 - 6 if text.count("\n") < 2 else 4)), text, fill="black")
         for x, (picture, ok) in enumerate(zip(pictures, right)):
             left, upper = words + x * size + x // block * 12, top + y * size
             draw.rectangle((left, upper, left + size - 2, upper + size - 2), fill=(40, 160, 60) if ok else (210, 60, 50))
@@ -1073,15 +1107,15 @@ def take_over(config, folder):
     rewards and alignment took there."""
     base = Path(config.base)
     kept = ("codebook.safetensors", "tokenizer.json", "words.json", "base.safetensors", "reward_validity.json")
-    if any("draw" in SOURCES[name].tasks for name in config.data.split(",")):
+    if any(CAPTIONED & set(tasks_of(SOURCES[name], config.tasks.split(","))) for name in config.data.split(",")):
         kept += ("clip.safetensors", "clip_report.safetensors")
     kept += tuple(n for n in ("preference.safetensors", "preference_validity.json") if (base / n).is_file())
     for name in kept:
         if not (base / name).is_file():
             raise ValueError(f"--base {base}: {name} is not there; train it first with `python train.py --out {base}`")
     theirs = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    shape = ("data", "patch", "codes", "jitter", "width", "layers", "heads", "clip_width")
-    different = [f"{n} {theirs[n]} (here {getattr(config, n)})" for n in shape if theirs[n] != getattr(config, n)]
+    shape = ("data", "tasks", "patch", "codes", "jitter", "width", "layers", "heads", "clip_width")
+    different = [f"{n} {theirs.get(n)} (here {getattr(config, n)})" for n in shape if theirs.get(n) != getattr(config, n)]
     if different:
         raise ValueError(f"--base {base} has another configuration: {', '.join(different)}")
     if config.method in MORE and not (config.extra_steps or config.fitting_steps):
