@@ -534,3 +534,145 @@ def test_clothes_negatives_name_the_other_classes_in_the_same_words(clothes):
 def test_validation_clothes_are_none_of_the_training_ones(clothes):
     assert [len(clothes.splits[s][1]) for s in ("train", "val", "test")] == [20, 20, 20]
     assert not {p.tobytes() for p in clothes.splits["train"][0]} & {p.tobytes() for p in clothes.splits["val"][0]}
+
+
+# ---------------------------------------------------------------- sentences that count, grids and boxes
+
+
+def truth(text, scenes):
+    """Is a sentence of the world true of these scenes? An oracle of its own, from the words alone."""
+    how, number, noun = re.fullmatch(r"there (?:is|are) (exactly |only |at least |)(a|no|one|two|three|[123]) (.*)", text).groups()
+    n = {"a": 1, "no": 0, "one": 1, "two": 2, "three": 3}.get(number) if number.isalpha() else int(number)
+    said = lambda words, o: all(w in (o.color, o.shape, o.size, "shape") for w in words.removeprefix("a ").split())  # noqa: E731
+    kind, _, rest = noun.partition(" with ")
+    if kind in ("picture", "pictures"):
+        first, relation, second = (re.split(rf" ({'|'.join(INVERSE)}) ", rest) + [None] * 2)[:3]
+        fits = lambda x: any(said(first, o) and (not relation or any(  # noqa: E731
+            said(second, p) and DIRECTIONS[relation](o, p) for p in x)) for o in x)
+        found = sum(len(x) == 2 if rest == "two shapes" else fits(x) for x in scenes)
+    else:
+        words = re.sub(r"(circle|square|triangle|shape)s$", r"\1", noun)
+        found = sum(said(words, o) for x in scenes for o in x)
+    return found == n if how in ("exactly ", "only ") or number == "no" else found >= n
+
+
+def test_statements_about_two_or_three_pictures_are_true_or_false_as_they_say_and_name_no_two_kinds():
+    rng, answers, counts = random.Random(0), Counter(), Counter()
+    for i in range(400):
+        e = World().example(rng, "judge", tuple(COUNTS)[i % 4])
+        assert e.answer == ("true" if truth(e.prompt, e.truth) else "false"), e.prompt
+        assert (e.picture == np.stack([data.render(scene) for scene in e.truth])).all() and not named_pairs(e.prompt)
+        answers[e.answer] += 1
+        counts[len(e.truth)] += 1
+    assert abs(answers["true"] - 200) < 50 and set(counts) == {2, 3}
+
+
+def test_the_same_sentence_is_as_often_true_as_false():
+    rng, row = random.Random(0), data.Row("", "{c} square*", lambda o, x, c: o.kind == (c, "square"), True)
+    said = [data.statement(rng, [row], data.WORLD_SLOTS, lambda _: [data.sample_scene(rng)]) for _ in range(800)]
+    assert {text for text, *_ in said if text.startswith("there is no")} == {f"there is no {c} square" for c in COLORS}
+    assert abs(np.mean([label == "true" for text, _, label in said if text.startswith("there is no")]) - 0.5) < 0.15
+    closed = {f"there is a {c} square" for c in COLORS}
+    assert closed & {text for text, *_ in said}
+    again = [data.statement(rng, [row], data.WORLD_SLOTS, lambda _: [data.sample_scene(rng)], closed) for _ in range(300)]
+    assert not closed & {text for text, *_ in again}
+
+
+def test_a_grid_is_drawn_cell_by_cell_and_can_be_read_again():
+    rng = random.Random(0)
+    for _ in range(50):
+        grid = data.sample_grid(rng)
+        picture = data.render_grid(rng, grid)
+        assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
+        for row, column in [(r, c) for r in range(3) for c in range(3)]:
+            cell = picture[10 * row + 1 : 10 * row + 11, 10 * column + 1 : 10 * column + 11].astype(int)
+            if (row, column) not in grid:
+                assert not cell.any()
+                continue
+            color, shape, _ = grid[row, column]
+            assert cell.sum((0, 1)).argmax() == ("red", "green", "blue").index(color)
+            there = cell.max(-1) > 0
+            height, width = (there.any(axis).sum() for axis in (1, 0))
+            found = "triangle" if cell[5:].sum() > 1.3 * cell[:5].sum() else "square" if there.sum() == height * width else "circle"
+            assert found == shape
+
+
+def test_a_question_about_a_grid_is_answered_by_shifting_the_whole_grid():
+    """The oracle: boolean 3x3 arrays, shifted one step at a time, with nothing coming in from outside."""
+    rng, shifts = random.Random(1), {"above": (-1, 0), "below": (1, 0), "left of": (0, -1), "right of": (0, 1)}
+    for _ in range(400):
+        grid, asked = data.sample_grid(rng), rng.choice(list(data.GRID_QUESTIONS))
+        x, *steps, y = re.findall(r"above|below|left of|right of|red|green|blue|circle|square|triangle", asked)
+        seen, there = (np.array([[word in grid.get((r, c), ()) for c in range(3)] for r in range(3)]) for word in (x, y))
+        for step in reversed(steps):
+            (down, right), padded = shifts[step], np.pad(there, 1)
+            there = padded[1 - down : 4 - down, 1 - right : 4 - right]
+        assert data.grid_answer(grid, asked) == (bool((seen & there).any()) if seen.any() else None), asked
+    assert len(data.GRID_QUESTIONS) == 36 * (1 + 4 + 16)
+
+
+def test_boxes_hold_towers_or_items_that_do_not_overlap():
+    rng = random.Random(0)
+    for kind in ("towers", "items"):
+        for box in (box for _ in range(60) for box in data.sample_boxes(rng, kind)):
+            room = np.zeros((100, 100), int)
+            for o in box:
+                room[o.y : o.y + o.size, o.x : o.x + o.size] += 1
+            assert room.max() == 1 and room.sum() == sum(o.size**2 for o in box)  # inside, and none on another
+            if kind == "towers":
+                assert [o.y for o in box] == [80, 59, 38, 17][: len(box)] and {o.x for o in box} == {40}
+            picture = data.render_box(box)
+            for o in (o for o in box if o.size == 30):
+                middle = picture[(o.y + 15) * 32 // 100, (o.x + 15) * 32 // 100]
+                assert np.abs(middle - np.array(data.NLVR_COLORS[o.color])).max() <= 1
+
+
+@pytest.mark.parametrize("sentence, true", [
+    ("there is exactly one tower with a blue block at the base", True), ("there are two towers with a blue block at the base", False),
+    ("there is a black block over a blue block", True), ("there is a yellow block over a black block", False),
+    ("there are exactly two blue blocks", True), ("there is no yellow tower", False), ("there are 2 towers with 1 blocks", None),
+    ("there is one tower with exactly two blocks with a black block at the top", True), ("there are 3 towers with 2 blocks", False),
+])  # fmt: skip
+def test_sentences_about_towers_mean_what_they_say(sentence, true):
+    block = lambda color, k: data.Item("square", color, 20, 40, 80 - 21 * k)  # noqa: E731
+    boxes = [[block("blue", 0), block("black", 1)], [block("yellow", 0)], [block("black", 0), block("blue", 1), block("yellow", 2)]]
+    holds = data.every_sentence(data.NLVR_ROWS, data.NLVR_SLOTS).get(sentence)
+    assert (holds and holds(boxes)) == true
+
+
+def test_what_is_reported_of_shapes_and_nlvr_is_never_trained_on_and_unknown_words_are_left_out(asked):
+    rng, (shapes, nlvr) = random.Random(0), data.make_sources("shapes,nlvr", asked)
+    assert {e.prompt for e in shapes.splits["train"]} == {"is a circle red", "is a red shape red"}  # val asks the third one
+    assert {e.prompt for e in nlvr.splits["train"]} == {"there is a blue tower"}  # dev says the other
+    assert [e.prompt for e in nlvr.splits["val"]] == ["there is a tower", "there", "there is a tower"]  # "bleu", "are 2 boxes"
+    for source in (shapes, nlvr):
+        seen = Counter(source.example(rng, source.tasks[0], pool).prompt for pool in ("paired", "prompted") for _ in range(500))
+        assert not set(seen) & ({e.prompt for e in shapes.splits["test"] + shapes.splits["val"]} | nlvr.closed)
+        assert set(seen) >= {e.prompt for e in source.splits["train"]}
+        words = {w for text in source.texts(rng, 4000) for w in text.split()}
+        assert words >= {w for text in seen for w in text.split()}
+
+
+def test_lessons_are_asked_in_pre_training_alone_and_say_what_is_there(asked):
+    shapes, nlvr = data.make_sources("shapes,nlvr", asked)
+    for source, lesson in ((shapes, "what (color|shape)"), (nlvr, "what color|how many")):
+        for pool, share in (("paired", 0.5), ("prompted", 0)):
+            rng = random.Random(0)
+            some = [source.example(rng, source.tasks[0], pool) for _ in range(300)]
+            found = [e for e in some if re.match(lesson, e.prompt)]
+            assert abs(len(found) / 300 - share) < 0.1 and all(len(e.answer.split()) == 1 for e in found)
+    rng = random.Random(1)
+    for e in (shapes.lesson(rng) for _ in range(200)):
+        row, column = (words.index(next(w for w in words if w in e.prompt)) for words in (
+            ("top", "middle", "bottom"), ("left", "center", "right")))  # fmt: skip
+        cell = e.picture[10 * row + 1 : 10 * row + 11, 10 * column + 1 : 10 * column + 11]
+        assert (e.answer == "nothing") == (not cell.any())
+        if "color" in e.prompt and cell.any():
+            assert e.answer == ("red", "green", "blue")[cell.astype(int).sum((0, 1)).argmax()]
+
+
+def test_boxes_of_real_rows_come_in_every_order(asked):
+    nlvr, rng = data.NLVR(asked / "nlvr"), random.Random(0)
+    (e, *_) = nlvr.splits["train"]
+    orders = {tuple(box[0, 0].argmax() for box in nlvr.shuffled(rng, e).picture) for _ in range(100)}
+    assert len(orders) == 6 and e.picture[0, 0, 0].tolist() == [255, 0, 0]
