@@ -496,24 +496,23 @@ class Row(NamedTuple):
 
 
 def counting_sentence(row, quantifier, values):
-    """(text, holds): one sentence, and the function that tells if it is true of a list of pictures (lists of objects).
-    values: {slot: (word, what it means)}.
+    """(text, counts, holds): one sentence; what it counts in each of a list of pictures (lists of objects), as a function; and if
+    it is true of them, as a function. values: {slot: (word, what it means)}.
 
     >>> circles = Row("", "{c} circle*", lambda o, x, c: o.kind == (c, "circle"), True)
-    >>> text, holds = counting_sentence(circles, ("there are two {}", "s", 2, 99), {"c": ("red", "red")})
+    >>> text, counts, holds = counting_sentence(circles, ("there are two {}", "s", 2, 99), {"c": ("red", "red")})
     >>> red = Object("red", "circle", "big", 0, 0)
-    >>> text, holds([[red], [red]]), holds([[red], []])
-    ('there are two red circles', True, False)
+    >>> text, counts([[red], []]), holds([[red], []]), holds([[red], [red]])
+    ('there are two red circles', [1, 0], False, True)
     """
     words, plural, least, most = quantifier
     noun = row.words.format(**{slot: word for slot, (word, _) in values.items()}).replace("x*", f"x{plural and 'e'}*").replace("*", plural)
     means = {slot: meaning for slot, (_, meaning) in values.items()}
 
-    def holds(pictures):
-        found = (row.test(o, x, **means) for x in pictures for o in x) if row.part else (row.test(x, **means) for x in pictures)
-        return least <= sum(map(bool, found)) <= most
+    def counts(pictures):
+        return [sum(bool(row.test(o, x, **means)) for o in x) if row.part else int(bool(row.test(x, **means))) for x in pictures]
 
-    return words.format(noun), holds
+    return words.format(noun), counts, lambda pictures: least <= sum(counts(pictures)) <= most
 
 
 def slots_of(row, slots):
@@ -521,26 +520,26 @@ def slots_of(row, slots):
 
 
 def statement(rng, rows, slots, sample, closed=()):
-    """(text, pictures, "true" or "false"), one as likely as the other for every sentence: the words alone tell nothing.
-
-    sample(kind) -> pictures, as lists of objects; closed: texts that must not be made."""
+    """(text, pictures, "true" or "false", kind, what it counts in each), true as likely as false for every sentence: the words
+    alone tell nothing. sample(kind) -> pictures, as lists of objects; closed: texts that must not be made."""
     while True:
         row, found = rng.choice(rows), {}
         values = {slot: rng.choice(list(words.items())) for slot, words in slots_of(row, slots).items()}
-        text, holds = counting_sentence(row, rng.choice(QUANTIFIERS), values)
+        text, counts, holds = counting_sentence(row, rng.choice(QUANTIFIERS), values)
         for _ in range(16 if text not in closed else 0):
             pictures = sample(row.kind)
             found.setdefault(holds(pictures), pictures)
             if len(found) == 2:
                 label = rng.random() < 0.5
-                return text, found[label], TRUTH[label]
+                return text, found[label], TRUTH[label], row.kind, counts(found[label])
 
 
 def every_sentence(rows, slots):
     """All of them: {text: holds}."""
-    return dict(counting_sentence(row, q, dict(zip(found, values)))
-                for row in rows for found in [slots_of(row, slots)] for q in QUANTIFIERS
-                for values in itertools.product(*(words.items() for words in found.values())))  # fmt: skip
+    made = (counting_sentence(row, q, dict(zip(found, values)))
+            for row in rows for found in [slots_of(row, slots)] for q in QUANTIFIERS
+            for values in itertools.product(*(words.items() for words in found.values())))  # fmt: skip
+    return {text: holds for text, _, holds in made}
 
 
 WORLD_SLOTS = {"c": {c: c for c in COLORS}, "d": {c: c for c in COLORS}, "s": {s: s for s in SHAPES}, "z": {z: z for z in SIZES},
@@ -604,7 +603,7 @@ class World:
         if task == "judge":  # two or three pictures
             n = rng.choice((2, 3))
             some = lambda kind: [sample_scene(rng, pool, self.jitter) for _ in range(n)]  # noqa: E731
-            text, scenes, label = statement(rng, WORLD_ROWS, WORLD_SLOTS, some)
+            text, scenes, label, *_ = statement(rng, WORLD_ROWS, WORLD_SLOTS, some)
             return Example(task, np.stack([render(scene) for scene in scenes]), text, label, scenes)
         scene = sample_scene(rng, pool, self.jitter, 2 if task == "reason" and pool == "paired" else None)
         picture = render(scene)
@@ -1062,7 +1061,7 @@ class FashionMNIST:
 
     def texts(self, rng, n):
         for i in range(n):
-            e = self.example(rng, self.tasks[i % 4])
+            e = self.example(rng, self.tasks[i % len(self.tasks)])
             yield f"{e.prompt} {e.answer}"
 
     def lookalikes(self, rng, n, split="train"):
@@ -1081,16 +1080,20 @@ class FashionMNIST:
 
 
 class Asked:
-    """What SHAPES and NLVR share as sources: one task, `splits` of real items, and in training made ones beside them. Half of
-    pre-training is lessons: what stands in one place? A yes or no alone is too little to learn to see from."""
+    """What SHAPES and NLVR share as sources: one question, answered at once (tasks[0]) or with steps ("reason"); `splits` of real
+    items, and in training made ones beside them, with steps worked out: what is seen where. A yes or no is too little to learn
+    to see from, so half of pre-training has steps."""
 
-    made, lessons = 0.8, 0.5  # share of made items in training; of lessons in pre-training
+    made, stepped = 0.8, 0.5  # shares of training: of made items, in pre-training of those with steps
 
     def example(self, rng, task, pool="paired", noise=None, split="train"):
-        """As World.example. Pools: "paired" has lessons, "prompted" has none. Questions are clean."""
-        if split == "train" and pool == "paired" and rng.random() < self.lessons:
-            return self.lesson(rng)
-        return self.make(rng) if split == "train" and rng.random() < self.made else self.shuffled(rng, rng.choice(self.splits[split]))
+        """As World.example. Questions are clean. Only made ones have steps to learn from."""
+        also = "reason" in self.tasks and pool == "paired" and rng.random() < self.stepped
+        steps = split == "train" and (task == "reason" or also)
+        if steps or (split == "train" and rng.random() < self.made):
+            e, thought = self.make(rng)
+            return e._replace(task="reason", answer=f"{THINK} {thought} {END_THINK} {e.answer}") if steps else e
+        return self.shuffled(rng, rng.choice(self.splits[split]))._replace(task=task)
 
     def shuffled(self, rng, example):
         return example
@@ -1099,7 +1102,7 @@ class Asked:
         return "prompted"
 
     def texts(self, rng, n):
-        for e in [*self.splits["train"], *(how(rng) for _ in range(n // 8) for how in (self.make, self.lesson))]:
+        for e in [*self.splits["train"], *(self.example(rng, "reason") for _ in range(n // 4))]:
             yield f"{e.prompt} {e.answer}"
 
 
@@ -1107,7 +1110,7 @@ class Shapes(Asked):
     """SHAPES as a source. Its official val is what is reported ("test"): none of its questions is ever trained on, nor are
     the 32 other ones, about made grids, that are shown during training ("val")."""
 
-    name, tasks, made = "shapes", ("ask",), 0.9
+    name, tasks, made = "shapes", ("ask", "reason"), 0.9
 
     def __init__(self, root):
         rows = lambda split: [Example("ask", picture, question, NO_YES[int(answer)])  # noqa: E731
@@ -1118,27 +1121,22 @@ class Shapes(Asked):
         shown = rng.sample(sorted(set(GRID_QUESTIONS) - closed - {e.prompt for e in trained}), 32)
         self.questions = [q for q, (_, steps, _) in GRID_QUESTIONS.items() if q not in closed.union(shown)
                           for _ in range(1 if len(steps) == 2 else 9)]  # officially one in nine of those of two steps is asked
-        self.splits = {"train": trained, "val": [self.make(rng, shown) for _ in range(512)], "test": real}
+        self.splits = {"train": trained, "val": [self.make(rng, shown)[0] for _ in range(512)], "test": real}
 
     def make(self, rng, questions=None):
-        """A made grid and a question that may be asked of it."""
+        """A question that may be asked of a made grid, and its steps: the nine cells, row by row."""
         while True:
             grid, question = sample_grid(rng), rng.choice(questions or self.questions)
             if (answer := grid_answer(grid, question)) is not None:
-                return Example("ask", render_grid(rng, grid), question, NO_YES[answer])
-
-    def lesson(self, rng):
-        grid, row, column, what = sample_grid(rng), rng.randrange(3), rng.randrange(3), rng.randrange(2)
-        place = f"{('top', 'middle', 'bottom')[row]} {('left', 'center', 'right')[column]}"
-        answer = grid.get((row, column), ("nothing",) * 2)[what]
-        return Example("ask", render_grid(rng, grid), f"what {('color', 'shape')[what]} is at the {place} ?", answer)
+                cells = ["-".join(grid[cell][:2]) if cell in grid else "nothing" for cell in itertools.product(range(3), range(3))]
+                return Example("ask", render_grid(rng, grid), question, NO_YES[answer]), " ".join(cells)
 
 
 class NLVR(Asked):
     """NLVR as a source. No sentence of dev or test is trained on, real or made; words that the train rows do not have are
     left out of dev and test, where they are spelling mistakes and the like."""
 
-    name, tasks = "nlvr", ("judge",)
+    name, tasks = "nlvr", ("judge", "reason")
 
     def __init__(self, root):
         plain = lambda sentence: " ".join(re.findall("[a-z0-9]+", sentence.lower()))  # noqa: E731
@@ -1155,24 +1153,19 @@ class NLVR(Asked):
         return example._replace(picture=example.picture[rng.sample(range(3), 3)])
 
     def make(self, rng):
-        text, boxes, label = statement(rng, NLVR_ROWS, NLVR_SLOTS, lambda kind: sample_boxes(rng, kind), self.closed)
-        return Example("judge", np.stack([render_box(box) for box in boxes]), text, label)
-
-    def lesson(self, rng):
-        kind, k, j, color = rng.choice(("towers", "items")), rng.randrange(4), rng.randrange(3), rng.choice(tuple(NLVR_COLORS))
-        boxes, shape = sample_boxes(rng, kind), rng.choice(SHAPES)
-        asked, answer = f"how many {color} {shape}s are in box {j + 1} ?", str(count(boxes[j], color, shape))
-        if kind == "towers":
-            asked, answer = f"what color is block {k + 1} of tower {j + 1} ?", boxes[j][k].color if k < len(boxes[j]) else "none"
-        return Example("ask", np.stack([render_box(box) for box in boxes]), asked, answer)
+        """A sentence about made boxes, and its steps: the blocks of each tower, or what it counts in each box."""
+        text, boxes, label, kind, counts = statement(rng, NLVR_ROWS, NLVR_SLOTS, lambda kind: sample_boxes(rng, kind), self.closed)
+        steps = [" ".join(o.color for o in box) for box in boxes] if kind == "towers" else map(str, counts)
+        return Example("judge", np.stack([render_box(box) for box in boxes]), text, label), " . ".join(steps)
 
 
 SOURCES = {"synthetic": World, "fashion_mnist": FashionMNIST, "shapes": Shapes, "nlvr": NLVR}
 
 
 def tasks_of(source, names=None):
-    """Those of a source's tasks that are named; its own where it knows none of them."""
-    return tuple(t for t in source.tasks if names is None or t in names) or source.tasks
+    """Those of a source's tasks that are named, and in any case what SHAPES and NLVR ask; all where none is named."""
+    always = source.tasks[:1] if source.name in ("shapes", "nlvr") else ()
+    return tuple(t for t in source.tasks if names is None or t in names or t in always) or source.tasks
 
 
 def make_sources(names, data_dir, jitter=0, fetch_missing=False, tasks=None):

@@ -320,7 +320,8 @@ class Evaluator:
     def examples(self, task, n, pools=("paired",)):
         rng = random.Random(f"{self.split}/{self.seed}/{self.source.name}/{task}/{pools}")
         if isinstance(self.source, Asked):  # each real item once, or n of them
-            return rng.sample(self.source.splits[self.split], min(n, len(self.source.splits[self.split])))
+            items = self.source.splits[self.split]
+            return [e._replace(task=task) for e in rng.sample(items, min(n, len(items)))]
         return [self.source.example(rng, task, pools[i % len(pools)], split=self.split) for i in range(n)]
 
     def outputs(self, examples, temperature=1.0, guidance=0.0, seed=0, group=1):
@@ -475,7 +476,7 @@ METRICS = {  # group: metrics; those that no task of a run gives are null
     "generation": ("compose", "compose_heldout", "compose_pairs", "compose_unprompted", "clip_score", "frechet", "frechet_floor", "story",
                    "story_frames", "story_consistent", "story_three", "plan_compose", "plan_compose_heldout", "plan_compose_pairs",
                    "plan_compose_unprompted", "plan_true", "plan_followed", "diversity", "diversity_heldout"),
-    "reasoning": ("visual", "visual_three", "visual_val", "visual_consistency", "multihop", "multihop_three",
+    "reasoning": ("visual", "visual_three", "visual_val", "visual_consistency", "multihop", "multihop_three", "multihop_val",
                   *(f"{task}_{hops}" for hops in (1, 2, 3) for task in ("hops", "steps")), "steps_worked"),
     "language": ("text_nll",),
 }
@@ -547,11 +548,11 @@ def measure(evaluator, clip, n=1000):
 
 
 def measure_asked(evaluator, n, note):
-    """Right answers of SHAPES ("vqa") or NLVR ("visual") on the reported split and on "val", beside the majority class in
-    round brackets; for NLVR also how many sentences are judged right of all their pictures."""
-    task = evaluator.source.tasks[0]
-    metric = {"ask": "vqa", "judge": "visual"}[task]
-    for name, split in ((metric, evaluator.split), (f"{metric}_val", "val")):
+    """Right answers of SHAPES ("vqa") or NLVR ("visual") at once, and with steps ("multihop"), on the reported split and on "val",
+    beside the majority class in round brackets; for NLVR also how many sentences are judged right of all their pictures."""
+    tasks = {"ask": "vqa", "judge": "visual", "reason": "multihop"}
+    for name, task, split in [(metric + end, task, split) for task, metric in tasks.items() if task in evaluator.source.tasks
+                              for end, split in (("", evaluator.split), ("_val", "val"))]:  # fmt: skip
         asked = copy.copy(evaluator)
         asked.split = split
         examples = asked.examples(task, n)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import data
 from data import COLORS, COUNTS, EOS, INVERSE, KINDS, MAX_TEXT, NOISE, PAD, SHAPES, SIZES, SPECIAL, Caption, Example, Mention, Object, World
 from eval import holds
+from reward import well_formed
 
 DIRECTIONS = {  # independent of data.related: from the cells, once more
     "left of": lambda a, b: a.column - b.column == -1, "right of": lambda a, b: a.column - b.column == 1,
@@ -569,7 +570,7 @@ def test_statements_about_two_or_three_pictures_are_true_or_false_as_they_say_an
 
 def test_the_same_sentence_is_as_often_true_as_false():
     rng, row = random.Random(0), data.Row("", "{c} square*", lambda o, x, c: o.kind == (c, "square"), True)
-    said = [data.statement(rng, [row], data.WORLD_SLOTS, lambda _: [data.sample_scene(rng)]) for _ in range(800)]
+    said = [data.statement(rng, [row], data.WORLD_SLOTS, lambda _: [data.sample_scene(rng)])[:3] for _ in range(800)]
     assert {text for text, *_ in said if text.startswith("there is no")} == {f"there is no {c} square" for c in COLORS}
     assert abs(np.mean([label == "true" for text, _, label in said if text.startswith("there is no")]) - 0.5) < 0.15
     closed = {f"there is a {c} square" for c in COLORS}
@@ -653,22 +654,42 @@ def test_what_is_reported_of_shapes_and_nlvr_is_never_trained_on_and_unknown_wor
         assert words >= {w for text in seen for w in text.split()}
 
 
-def test_lessons_are_asked_in_pre_training_alone_and_say_what_is_there(asked):
-    shapes, nlvr = data.make_sources("shapes,nlvr", asked)
-    for source, lesson in ((shapes, "what (color|shape)"), (nlvr, "what color|how many")):
-        for pool, share in (("paired", 0.5), ("prompted", 0)):
-            rng = random.Random(0)
-            some = [source.example(rng, source.tasks[0], pool) for _ in range(300)]
-            found = [e for e in some if re.match(lesson, e.prompt)]
-            assert abs(len(found) / 300 - share) < 0.1 and all(len(e.answer.split()) == 1 for e in found)
-    rng = random.Random(1)
-    for e in (shapes.lesson(rng) for _ in range(200)):
-        row, column = (words.index(next(w for w in words if w in e.prompt)) for words in (
-            ("top", "middle", "bottom"), ("left", "center", "right")))  # fmt: skip
-        cell = e.picture[10 * row + 1 : 10 * row + 11, 10 * column + 1 : 10 * column + 11]
-        assert (e.answer == "nothing") == (not cell.any())
-        if "color" in e.prompt and cell.any():
-            assert e.answer == ("red", "green", "blue")[cell.astype(int).sum((0, 1)).argmax()]
+def test_half_of_pre_training_has_steps_and_prompts_of_alignment_have_them_where_they_are_the_task(asked):
+    for source in data.make_sources("shapes,nlvr", asked):
+        rng, once = random.Random(0), source.tasks[0]
+        for task, pool, share in ((once, "paired", 0.5), (once, "prompted", 0), ("reason", "paired", 1), ("reason", "prompted", 1)):
+            some = [source.example(rng, task, pool) for _ in range(200)]
+            assert abs(np.mean([e.task == "reason" for e in some]) - share) < 0.12
+            assert all(well_formed(e.answer) if e.task == "reason" else len(e.answer.split()) == 1 for e in some)
+        assert {source.example(rng, "reason", split="test").task for _ in range(9)} == {"reason"}
+
+
+def test_the_steps_about_a_grid_are_its_cells(asked):
+    source, rng = data.Shapes(asked / "shapes"), random.Random(1)
+    for e in (source.example(rng, "reason") for _ in range(100)):
+        cells = e.picture[1:31, 1:31].reshape(3, 10, 3, 10, 3).swapaxes(1, 2).reshape(9, 100, 3).astype(int).sum(1)
+        seen = [word.split("-")[0] for word in e.answer.split()[1:-2]]
+        assert seen == [("red", "green", "blue")[c.argmax()] if c.any() else "nothing" for c in cells]
+        grid = {(k // 3, k % 3): tuple(w.split("-")) for k, w in enumerate(e.answer.split()[1:-2]) if w != "nothing"}
+        assert e.answer.split()[-1] == ("yes" if data.grid_answer(grid, e.prompt) else "no")
+
+
+def test_the_steps_about_boxes_are_the_blocks_of_towers_or_what_is_counted_and_lead_to_the_answer(asked):
+    source, rng, seen = data.NLVR(asked / "nlvr"), random.Random(1), Counter()
+    sentences = data.every_sentence(data.NLVR_ROWS, data.NLVR_SLOTS)
+    for e in (source.example(rng, "reason") for _ in range(150)):
+        parts = " ".join(e.answer.split()[1:-2]).split(" . ")
+        if parts[0].isdigit():
+            n = sum(map(int, parts))
+            exactly = re.match(r"there (?:is|are) (?:exactly|only) (\w+) ", e.prompt)
+            if exactly:
+                assert (n == data.NUMBERS[exactly[1]]) == (e.answer.split()[-1] == "true")
+        else:
+            boxes = [[data.Item("square", c, 20, 40, 80 - 21 * k) for k, c in enumerate(part.split())] for part in parts]
+            assert e.answer.split()[-1] == data.TRUTH[sentences[e.prompt](boxes)]
+            assert (np.stack([data.render_box(box) for box in boxes]) == e.picture).all()
+        seen[parts[0].isdigit()] += 1
+    assert min(seen.values()) > 20
 
 
 def test_boxes_of_real_rows_come_in_every_order(asked):

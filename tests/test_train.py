@@ -762,7 +762,8 @@ def test_data_sets_without_captions_train_align_and_are_measured_without_a_clip(
     visual = found["sources"]["nlvr"]["aligned"]["reasoning"]["visual"]
     assert visual["n"] == 3 and visual["chance"] == 0.6667 and found["sources"]["nlvr"]["aligned"]["generation"]["compose"] is None
     (step,) = [r for r in rows(folder) if r["stage"] == "grpo"]
-    assert {k for k in step if re.fullmatch("reward_[a-z]+", k)} == {"reward_ask", "reward_judge"} and 0 <= float(step["val_right"]) <= 1
+    assert {k for k in step if re.fullmatch("reward_[a-z]+", k)} == {"reward_ask", "reward_judge", "reward_reason"}
+    assert 0 <= float(step["val_right"]) <= 1
     after = train.main(make_config(**TINY, data="shapes,nlvr", data_dir=str(asked), codes=64, method="unified", base=str(folder),
                                    extra_steps=1, eval_items=6, eval_prompts=2, out=str(tmp_path / "more")))  # fmt: skip
     assert json.loads((after / "eval.json").read_text())["sources"]["shapes"]["base"] == found["sources"]["shapes"]["base"]
@@ -775,5 +776,5 @@ def test_one_model_learns_all_data_sets(asked, clothes, tmp_path, handlers):
     cells = {name: {m for group in part["aligned"].values() for m, c in group.items() if c} for name, part in found["sources"].items()}
     assert cells["synthetic"] >= {"compose", "vqa", "visual", "visual_three", "caption"} and "visual_val" not in cells["synthetic"]
     assert cells["fashion_mnist"] >= {"compose", "vqa", "caption"} and "visual" not in cells["fashion_mnist"]
-    assert cells["shapes"] == {"vqa", "vqa_val"} and cells["nlvr"] == {"visual", "visual_val", "visual_consistency"}
+    assert cells["shapes"] == {"vqa", "vqa_val"} and cells["nlvr"] == {"visual", "visual_val", "visual_consistency"}  # no reason: no steps
     assert (folder / "samples" / "before_after.png").is_file()
