@@ -319,8 +319,8 @@ class Evaluator:
 
     def examples(self, task, n, pools=("paired",)):
         rng = random.Random(f"{self.split}/{self.seed}/{self.source.name}/{task}/{pools}")
-        if isinstance(self.source, Asked):  # each real item once, or n of them
-            items = self.source.splits[self.split]
+        if isinstance(self.source, Asked):  # each real item once, or n of them, the same with and without steps
+            items, rng = self.source.splits[self.split], random.Random(f"{self.split}/{self.seed}/{self.source.name}")
             return [e._replace(task=task) for e in rng.sample(items, min(n, len(items)))]
         return [self.source.example(rng, task, pools[i % len(pools)], split=self.split) for i in range(n)]
 
