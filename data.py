@@ -921,17 +921,22 @@ def render_grid(rng, grid):
 
 
 def grid_answer(grid, question):
-    """Is it so? None where no X is in the grid: such a question is not asked.
+    """(answer, steps): is it so, and the nine cells, row by row, in brackets where the question's steps lead; (None, None) where
+    no X is in the grid: such a question is not asked.
 
     >>> grid = {(0, 0): ("red", "circle", 5), (1, 1): ("blue", "square", 5)}
-    >>> [grid_answer(grid, f"is a {x} above left of a {y}") for x, y in (("circle", "square"), ("square", "circle"))]
-    [True, False]
+    >>> grid_answer(grid, "is a circle above left of a square")
+    (True, '(red-circle) nothing nothing nothing blue-square nothing nothing nothing nothing')
+    >>> grid_answer(grid, "is a square above a square")[0]
+    False
     """
     x, steps, y = GRID_QUESTIONS[question]
     seen, there = ({cell for cell, o in grid.items() if word in o} for word in (x, y))
     for down, right in (STEPS[s] for s in reversed(steps)):
         there = {(r + down, c + right) for r, c in there if 0 <= r + down < 3 and 0 <= c + right < 3}
-    return bool(seen & there) if seen else None
+    words = {cell: "-".join(grid[cell][:2]) if cell in grid else "nothing" for cell in itertools.product(range(3), range(3))}
+    thought = " ".join(f"({word})" if cell in there else word for cell, word in words.items())
+    return (bool(seen & there), thought) if seen else (None, None)
 
 
 class Item(NamedTuple):
@@ -1124,12 +1129,12 @@ class Shapes(Asked):
         self.splits = {"train": trained, "val": [self.make(rng, shown)[0] for _ in range(512)], "test": real}
 
     def make(self, rng, questions=None):
-        """A question that may be asked of a made grid, and its steps: the nine cells, row by row."""
+        """A question that may be asked of a made grid, and its steps."""
         while True:
             grid, question = sample_grid(rng), rng.choice(questions or self.questions)
-            if (answer := grid_answer(grid, question)) is not None:
-                cells = ["-".join(grid[cell][:2]) if cell in grid else "nothing" for cell in itertools.product(range(3), range(3))]
-                return Example("ask", render_grid(rng, grid), question, NO_YES[answer]), " ".join(cells)
+            answer, steps = grid_answer(grid, question)
+            if steps:
+                return Example("ask", render_grid(rng, grid), question, NO_YES[answer]), steps
 
 
 class NLVR(Asked):
@@ -1153,10 +1158,11 @@ class NLVR(Asked):
         return example._replace(picture=example.picture[rng.sample(range(3), 3)])
 
     def make(self, rng):
-        """A sentence about made boxes, and its steps: the blocks of each tower, or what it counts in each box."""
+        """A sentence about made boxes, and its steps: for each box the blocks of its tower, if it is one, and what is counted there."""
         text, boxes, label, kind, counts = statement(rng, NLVR_ROWS, NLVR_SLOTS, lambda kind: sample_boxes(rng, kind), self.closed)
-        steps = [" ".join(o.color for o in box) for box in boxes] if kind == "towers" else map(str, counts)
-        return Example("judge", np.stack([render_box(box) for box in boxes]), text, label), " . ".join(steps)
+        blocks = [[o.color for o in box] if kind == "towers" else [] for box in boxes]
+        steps = " ".join(word for some, n in zip(blocks, counts) for word in (*some, str(n)))
+        return Example("judge", np.stack([render_box(box) for box in boxes]), text, label), steps
 
 
 SOURCES = {"synthetic": World, "fashion_mnist": FashionMNIST, "shapes": Shapes, "nlvr": NLVR}

@@ -608,7 +608,9 @@ def test_a_question_about_a_grid_is_answered_by_shifting_the_whole_grid():
         for step in reversed(steps):
             (down, right), padded = shifts[step], np.pad(there, 1)
             there = padded[1 - down : 4 - down, 1 - right : 4 - right]
-        assert data.grid_answer(grid, asked) == (bool((seen & there).any()) if seen.any() else None), asked
+        answer, steps = data.grid_answer(grid, asked)
+        assert answer == (bool((seen & there).any()) if seen.any() else None), asked
+        assert not steps or [word[0] == "(" for word in steps.split()] == there.flatten().tolist()
     assert len(data.GRID_QUESTIONS) == 36 * (1 + 4 + 16)
 
 
@@ -668,27 +670,26 @@ def test_the_steps_about_a_grid_are_its_cells(asked):
     source, rng = data.Shapes(asked / "shapes"), random.Random(1)
     for e in (source.example(rng, "reason") for _ in range(100)):
         cells = e.picture[1:31, 1:31].reshape(3, 10, 3, 10, 3).swapaxes(1, 2).reshape(9, 100, 3).astype(int).sum(1)
-        seen = [word.split("-")[0] for word in e.answer.split()[1:-2]]
-        assert seen == [("red", "green", "blue")[c.argmax()] if c.any() else "nothing" for c in cells]
-        grid = {(k // 3, k % 3): tuple(w.split("-")) for k, w in enumerate(e.answer.split()[1:-2]) if w != "nothing"}
-        assert e.answer.split()[-1] == ("yes" if data.grid_answer(grid, e.prompt) else "no")
+        words = [word.strip("()") for word in e.answer.split()[1:-2]]
+        assert [w.split("-")[0] for w in words] == [("red", "green", "blue")[c.argmax()] if c.any() else "nothing" for c in cells]
+        grid = {(k // 3, k % 3): tuple(w.split("-")) for k, w in enumerate(words) if w != "nothing"}
+        answer, steps = data.grid_answer(grid, e.prompt)
+        assert e.answer == f"<think> {steps} </think> {'yes' if answer else 'no'}"
 
 
-def test_the_steps_about_boxes_are_the_blocks_of_towers_or_what_is_counted_and_lead_to_the_answer(asked):
+def test_the_steps_about_boxes_are_the_blocks_of_towers_and_what_is_counted_and_lead_to_the_answer(asked):
     source, rng, seen = data.NLVR(asked / "nlvr"), random.Random(1), Counter()
-    sentences = data.every_sentence(data.NLVR_ROWS, data.NLVR_SLOTS)
     for e in (source.example(rng, "reason") for _ in range(150)):
-        parts = " ".join(e.answer.split()[1:-2]).split(" . ")
-        if parts[0].isdigit():
-            n = sum(map(int, parts))
-            exactly = re.match(r"there (?:is|are) (?:exactly|only) (\w+) ", e.prompt)
-            if exactly:
-                assert (n == data.NUMBERS[exactly[1]]) == (e.answer.split()[-1] == "true")
-        else:
-            boxes = [[data.Item("square", c, 20, 40, 80 - 21 * k) for k, c in enumerate(part.split())] for part in parts]
-            assert e.answer.split()[-1] == data.TRUTH[sentences[e.prompt](boxes)]
+        _, *steps, _, answer = e.answer.split()
+        parts = re.findall(r"([a-z ]*)(\d+)", " ".join(steps))
+        found = sum(int(n) for _, n in parts)
+        how, number = re.match(r"there (?:is|are) (exactly |only |at least |)(\w+) ", e.prompt).groups()
+        n = {"a": 1, "no": 0}.get(number, data.NUMBERS.get(number))
+        assert len(parts) == 3 and answer == data.TRUTH[found == n if how in ("exactly ", "only ") or n == 0 else found >= n], e
+        if "tower" in e.prompt or "block" in e.prompt:
+            boxes = [[data.Item("square", c, 20, 40, 80 - 21 * k) for k, c in enumerate(blocks.split())] for blocks, _ in parts]
             assert (np.stack([data.render_box(box) for box in boxes]) == e.picture).all()
-        seen[parts[0].isdigit()] += 1
+        seen[bool(parts[0][0].strip())] += 1
     assert min(seen.values()) > 20
 
 
