@@ -20,6 +20,10 @@ temperature undoes), an omitted attribute, an omitted or reversed relation (stru
 Further tasks, which --tasks adds: stories of three frames told and drawn (an object appears, disappears, moves, changes
 colour or size), questions of one to three hops with steps and without, and a plan in words before the picture.
 
+Public data: Fashion-MNIST is drawn, named and asked about; SHAPES and NLVR are asked about, and come with made grids, boxes and
+sentences in their style, whose steps are worked out (what stands where, how many there are). No question or sentence that is
+reported is ever trained on, real or made.
+
 A task is a *template* of tokens: entries >= 0 are given, -1 is chosen by the policy from its allowed range [lo, hi).
 Here what is chosen stands after an arrow; TEMPLATES says the same to the machine.
   draw     <bos> <draw> words <image>                      -> codes

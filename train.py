@@ -1045,7 +1045,8 @@ def health(folder):
     """What should worry a reader of an aligned run, by its metrics.csv and by what the reward made of the aligned model's
     drawings: a list of sentences, empty when all is well."""
     path, found = folder / "metrics.csv", []
-    log = [r for r in csv.DictReader(path.open(encoding="utf-8")) if r.get("reward_draw")] if path.exists() else []
+    rows = csv.DictReader(path.open(encoding="utf-8")) if path.exists() else ()
+    log = [r for r in rows if any(v for k, v in r.items() if k.startswith("reward_"))]
 
     def ends(column, share):
         """Means of the first and of the last share of a column's values."""
