@@ -18,18 +18,32 @@ Web captions are noisy, so pre-training captions are too (NOISE): a wrong word (
 temperature undoes), an omitted attribute, an omitted or reversed relation (structured noise). Answers are vague more often
 than not ("left" for "top-left", "some" for "two"): the most likely answer is then a vague one, at any temperature.
 
+Further tasks, which --tasks adds: stories of three frames told and drawn (an object appears, disappears, moves, changes
+colour or size), questions of one to three hops with steps and without, and a plan in words before the picture.
+
+Public data: Fashion-MNIST is drawn, named and asked about; SHAPES and NLVR are asked about, and come with made grids, boxes and
+sentences in their style, whose steps are worked out (what stands where, how many there are). No question or sentence that is
+reported is ever trained on, real or made.
+
 A task is a *template* of tokens: entries >= 0 are given, -1 is chosen by the policy from its allowed range [lo, hi).
+Here what is chosen stands after an arrow; TEMPLATES says the same to the machine.
   draw     <bos> <draw> words <image>                      -> codes
   caption  <bos> <caption> <image> codes <answer>          -> words <eos>
   ask      <bos> <ask> <image> codes question <answer>     -> word <eos>
   reason   <bos> <reason> <image> codes question <answer>  -> <think> steps </think> word <eos>
   text     <bos> <text>                                    -> words <eos>         (plain language modelling)
+  hops     as ask: questions of one to three hops, answered at once;   steps   as reason: the same, with steps
+  story    <bos> <story>, then three times: sentence <image>        -> codes
+  tell     <bos> <tell>, three times <image> codes, then <answer>   -> sentence . sentence . sentence <eos>
+  judge    <bos> <judge>, two or three times <image> codes, then sentence <answer>   -> true or false <eos>
+  plan     <bos> <plan> words <answer> -> words <eos>, then <image> -> codes        (think, then draw)
 
 Symbols: N sequences, L positions, P patches of a picture, K codes of the codebook, V vocabulary (words, then codes).
 
     $ python data.py        # draws one scene of each pool with its texts, and times them; 2 seconds
 """
 
+import functools
 import gzip
 import hashlib
 import io
@@ -59,6 +73,7 @@ COLORS = {"red": (230, 50, 50), "green": (40, 180, 70), "blue": (50, 90, 230), "
 SHAPES = ("circle", "square", "triangle")
 SIZES = {"small": 7, "big": 13}  # width in pixels
 ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
+CELLS = [(row, column) for row in (0, 1) for column in (0, 1)]
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 BACKGROUND = (16, 16, 20)
 KINDS = [(color, shape) for color in COLORS for shape in SHAPES]
@@ -153,14 +168,14 @@ def sample_scene(rng, pool="paired", jitter=0, count=None):
 
     rng is a random.Random; jitter is the largest shift in pixels, 0 or 1; count overrides the pool's object numbers.
     """
-    sizes, cells = tuple(SIZES), [(r, c) for r in (0, 1) for c in (0, 1)]
+    sizes = tuple(SIZES)
     count = count or rng.choice(COUNTS[pool])
     kinds = rng.sample(KINDS, count)
     while not in_pool(pool, kinds):
         kinds = rng.sample(KINDS, count)
     shift = (lambda: (rng.randint(-jitter, jitter), rng.randint(-jitter, jitter))) if jitter else tuple
     return [Object(c, s, sizes[rng.random() < 0.5], row, column, *shift())
-            for (c, s), (row, column) in zip(kinds, rng.sample(cells, count))]
+            for (c, s), (row, column) in zip(kinds, rng.sample(CELLS, count))]
 
 
 # ---------------------------------------------------------------- captions: what is said of a scene, and what is not
@@ -289,7 +304,7 @@ def edits(caption):
             record("shape", shape=shape)
         for size in SIZES if m.size else ():
             record("size", size=size)
-        for cell in ((0, 0), (0, 1), (1, 0), (1, 1)) if m.cell else ():
+        for cell in CELLS if m.cell else ():
             record("position", cell=cell)
         if len(mentions) > 1:
             changed.append(("drop", Caption((*mentions[:i], *mentions[i + 1 :]))))
@@ -314,7 +329,7 @@ def scene_edits(scene):
     >>> [edited[0].kind for kind, edited in scene_edits([Object("red", "circle", "big", 0, 0)]) if kind == "shape"]
     [('red', 'square'), ('red', 'triangle')]
     """
-    free = [c for c in itertools.product((0, 1), (0, 1)) if c not in [(o.row, o.column) for o in scene]]
+    free = [c for c in CELLS if c not in [(o.row, o.column) for o in scene]]
     changed = []
     for i, o in enumerate(scene):
 
@@ -385,6 +400,176 @@ def multihop_question(rng, scene):
     return f"what {what} is the {noun} {relation} the {anchor.color} {anchor.shape} ?", steps, getattr(o, what)
 
 
+def hop_question(rng, scene, hops):
+    """A question of one, two or three hops, its steps and answer: find an object; step to its neighbour, the only object in that
+    direction; step to the only other object like it in one way; read another. None where the scene has no such question.
+
+    >>> scene = [Object("red", "circle", "big", 0, 0), Object("blue", "square", "small", 0, 1), Object("red", "square", "big", 1, 0)]
+    >>> print(" | ".join(hop_question(random.Random(4), scene, 2)))
+    what color is the shape below the red circle ? | red circle : big top left . below it : big red square | red
+    """
+    neighbours = lambda o: [(r, f"{r} it", [p for p in scene if related(p, r, o)]) for r in INVERSE]  # noqa: E731
+    alike = lambda o: [(f"of the same {a} as", f"same {a}", [p for p in scene if p is not o and getattr(p, a) == getattr(o, a)])  # noqa: E731
+                       for a in ("size", "color")]  # fmt: skip
+    chains = [(f"the {o.color} {o.shape}", f"{o.color} {o.shape} : {o.size} {ROWS[o.row]} {COLUMNS[o.column]}", o) for o in scene]
+    for ways in (neighbours, alike)[: hops - 1]:
+        chains = [(f"the shape {way} {said}", f"{steps} . {mark} : {p.size} {p.color} {p.shape}", p)
+                  for said, steps, o in chains for way, mark, found in ways(o) if len(found) == 1 for p in found]  # fmt: skip
+    if not chains:
+        return None
+    said, steps, o = rng.choice(chains)
+    if hops == 1 and rng.random() < 0.5:
+        return f"where is {said} ?", steps, f"{ROWS[o.row]}-{COLUMNS[o.column]}"
+    what = rng.choice([w for w in ("size", "color", "shape") if f"same {w}" not in said] if hops > 1 else ["size"])
+    return f"what {what} is {said.replace('shape', 'thing', 1) if what == 'shape' else said} ?", steps, getattr(o, what)
+
+
+# ---------------------------------------------------------------- stories: three frames, and what happens between them
+
+class Story(NamedTuple):
+    """Three scenes; the sentence told of each, first a caption, then two events; and the Caption that each frame must fit by
+    all that was told up to there: what is said once holds until something changes it."""
+
+    scenes: tuple
+    told: tuple
+    captions: tuple
+
+
+def described(scene, rng=None, chance=1.0):
+    """The full Caption of a scene: every object with its place, in reading order; its size with this chance."""
+    return Caption(tuple(Mention(o.color, o.shape, o.size if chance == 1.0 or rng.random() < chance else None, (o.row, o.column))
+                         for o in sorted(scene, key=lambda o: (o.row, o.column))))  # fmt: skip
+
+
+def happens(rng, scene, caption, most, noise=None, chance=1.0):
+    """One event, told: (the next scene, its sentence, its Caption). caption: of this scene, its mentions in the order of the objects.
+    most: objects there may be. noise: chances as in NOISE; "wrong" tells another outcome of what happened to that object."""
+    i, free = rng.randrange(len(scene)), [c for c in CELLS if c not in [(o.row, o.column) for o in scene]]
+    o, new, mentions = scene[i], [k for k in KINDS if k not in [o.kind for o in scene]], list(caption.mentions)
+    the = f"the {o.color} {o.shape}"
+    event = rng.choice(("appears",) * (len(scene) < most) + ("disappears",) * (len(scene) > 1) + ("moves", "color", "size"))
+    if event == "disappears":
+        del mentions[i]
+        return scene[:i] + scene[i + 1 :], f"{the} disappears", Caption(tuple(mentions))
+
+    def outcome():
+        (color, shape), (row, column) = rng.choice(new), rng.choice(free)
+        change = {"moves": {"row": row, "column": column}, "color": {"color": rng.choice([c for c, s in new if s == o.shape])},
+                  "size": {"size": "small" if o.size == "big" else "big"}}  # fmt: skip
+        if event == "appears":
+            return Object(color, shape, rng.choice(tuple(SIZES)), row, column, o.dx, o.dy)
+        return o._replace(**change[event])
+
+    after = outcome()
+    told = outcome() if noise and rng.random() < noise["wrong"] else after
+    cell, where = (told.row, told.column), f"the {ROWS[told.row]} {COLUMNS[told.column]}"
+    if event == "appears":
+        seen = Mention(*told.kind, told.size if rng.random() < chance else None)
+        return [*scene, after], f"{seen.text()} appears at {where}", Caption((*mentions, seen._replace(cell=cell)))
+    said = {"cell": cell} if event == "moves" else {event: getattr(told, event)}
+    mentions[i] = mentions[i]._replace(**{"color": o.color, "shape": o.shape, **said})
+    sentence = f"{the} moves to {where}" if event == "moves" else f"{the} becomes {said[event]}"
+    return [*scene[:i], after, *scene[i + 1 :]], sentence, Caption(tuple(mentions))
+
+
+def sample_story(rng, pool="paired", jitter=0, noise=None, chance=0.5):
+    """A random Story. As in scenes, the kinds of all frames and sentences together must fit the pool; frames have at most two
+    objects in the pools of pairs, and at least one has three in the others. chance: of a size to be told."""
+    most = max(COUNTS[pool])
+    while True:
+        scene = sample_scene(rng, pool, jitter, min(2, rng.choice(COUNTS[pool])))
+        scene = sorted(scene, key=lambda o: (o.row, o.column))
+        caption = described(scene, rng, chance)
+        caption = noisy_caption(rng, caption, pool, noise) if noise else caption
+        scenes, told, captions = [scene], [caption.text()], [caption]
+        for _ in range(2):
+            scene, sentence, caption = happens(rng, scene, caption, most, noise, chance)
+            scenes, told, captions = [*scenes, scene], [*told, sentence], [*captions, caption]
+        kinds = [o.kind for scene in scenes for o in scene] + [kind for caption in captions for kind in caption.kinds]
+        if in_pool(pool, kinds) and (most < 3 or max(map(len, scenes)) == 3):
+            return Story(tuple(scenes), tuple(told), tuple(captions))
+
+
+# ---------------------------------------------------------------- sentences that count, true or false of several pictures
+
+NUMBERS = {"1": 1, "one": 1, "2": 2, "two": 2, "3": 3, "three": 3, "4": 4, "four": 4}
+NO_YES, TRUTH = ("no", "yes"), ("false", "true")
+QUANTIFIERS = [("there is a {}", "", 1, 99), ("there is no {}", "", 0, 0)] + [  # words, plural, least and most that make it true
+    (f"there {'is' if n == 1 else 'are'} {how}{word} {{}}", "" if n == 1 else "s", n, most)
+    for word, n in NUMBERS.items() if n < 4 for how, most in (("", 99), ("exactly ", n), ("at least ", 99), ("only ", n))]  # fmt: skip
+
+
+class Row(NamedTuple):
+    """One kind of thing to count. kind: in which scenes; words: with slots in braces and * where the plural's s goes; test(x,
+    **slots) -> is this picture such, or, where `part` is true, test(o, x, **slots) of every object o of a picture x."""
+
+    kind: str
+    words: str
+    test: object
+    part: bool = False
+
+
+def counting_sentence(row, quantifier, values):
+    """(text, counts, holds): one sentence; what it counts in each of a list of pictures (lists of objects), as a function; and if
+    it is true of them, as a function. values: {slot: (word, what it means)}.
+
+    >>> circles = Row("", "{c} circle*", lambda o, x, c: o.kind == (c, "circle"), True)
+    >>> text, counts, holds = counting_sentence(circles, ("there are two {}", "s", 2, 99), {"c": ("red", "red")})
+    >>> red = Object("red", "circle", "big", 0, 0)
+    >>> text, counts([[red], []]), holds([[red], []]), holds([[red], [red]])
+    ('there are two red circles', [1, 0], False, True)
+    """
+    words, plural, least, most = quantifier
+    noun = row.words.format(**{slot: word for slot, (word, _) in values.items()}).replace("x*", f"x{plural and 'e'}*").replace("*", plural)
+    means = {slot: meaning for slot, (_, meaning) in values.items()}
+
+    def counts(pictures):
+        return [sum(bool(row.test(o, x, **means)) for o in x) if row.part else int(bool(row.test(x, **means))) for x in pictures]
+
+    return words.format(noun), counts, lambda pictures: least <= sum(counts(pictures)) <= most
+
+
+def slots_of(row, slots):
+    return {name: slots[name] for name in re.findall(r"{(\w)}", row.words)}
+
+
+def statement(rng, rows, slots, sample, closed=()):
+    """(text, pictures, "true" or "false", kind, what it counts in each), true as likely as false for every sentence: the words
+    alone tell nothing. sample(kind) -> pictures, as lists of objects; closed: texts that must not be made."""
+    while True:
+        row, found = rng.choice(rows), {}
+        values = {slot: rng.choice(list(words.items())) for slot, words in slots_of(row, slots).items()}
+        text, counts, holds = counting_sentence(row, rng.choice(QUANTIFIERS), values)
+        for _ in range(16 if text not in closed else 0):
+            pictures = sample(row.kind)
+            found.setdefault(holds(pictures), pictures)
+            if len(found) == 2:
+                label = rng.random() < 0.5
+                return text, found[label], TRUTH[label], row.kind, counts(found[label])
+
+
+def every_sentence(rows, slots):
+    """All of them: {text: holds}."""
+    made = (counting_sentence(row, q, dict(zip(found, values)))
+            for row in rows for found in [slots_of(row, slots)] for q in QUANTIFIERS
+            for values in itertools.product(*(words.items() for words in found.values())))  # fmt: skip
+    return {text: holds for text, _, holds in made}
+
+
+WORLD_SLOTS = {"c": {c: c for c in COLORS}, "d": {c: c for c in COLORS}, "s": {s: s for s in SHAPES}, "z": {z: z for z in SIZES},
+               "o": {r: r for r in INVERSE}}  # fmt: skip
+WORLD_ROWS = [  # no sentence names two kinds
+    Row("", "picture* with a {c} {s}", lambda x, c, s: any(o.kind == (c, s) for o in x)),
+    Row("", "picture* with a {z} {c} shape", lambda x, z, c: any((o.size, o.color) == (z, c) for o in x)),
+    Row("", "picture* with a {c} shape {o} a {d} shape", lambda x, c, o, d: any(
+        related(p, o, q) for p in x for q in x if (p.color, q.color) == (c, d))),
+    Row("", "picture* with two shapes", lambda x: len(x) == 2),
+    Row("", "{c} shape*", lambda o, x, c: o.color == c, True),
+    Row("", "{c} {s}*", lambda o, x, c, s: o.kind == (c, s), True),
+    Row("", "{z} {s}*", lambda o, x, z, s: (o.size, o.shape) == (z, s), True),
+]  # fmt: skip
+
+
 # ---------------------------------------------------------------- examples: one task, one picture, one prompt, one answer
 
 
@@ -393,16 +578,27 @@ class Example(NamedTuple):
     `truth` is what a judge needs: the scene and the caption of the synthetic world, or a class label."""
 
     task: str
-    picture: np.ndarray
-    prompt: str
+    picture: np.ndarray  # (S, S, 3) uint8, or (n, S, S, 3) where a task has several
+    prompt: str  # of a story: its sentences, " . " between them
     answer: str
     truth: object = None
+
+    @property
+    def pictures(self):
+        """(n, S, S, 3), be there one or several."""
+        return self.picture.reshape(-1, *self.picture.shape[-3:])
+
+
+def pictures_of(examples):
+    """(M, S, S, 3) uint8: all pictures of some examples, one example's after the other's."""
+    return np.concatenate([e.pictures for e in examples])
 
 
 class World:
     """The synthetic world as a source of examples. All randomness comes from the random.Random that is handed in."""
 
-    name, tasks = "synthetic", ("draw", "caption", "ask", "reason", "text")
+    name = "synthetic"
+    tasks = ("draw", "caption", "ask", "reason", "text", "story", "tell", "hops", "steps", "plan", "judge")
 
     def __init__(self, jitter=0):
         self.jitter = jitter
@@ -410,8 +606,19 @@ class World:
     def example(self, rng, task, pool="paired", noise=None, split="train"):
         """One example of a task from a pool. noise: chances as in NOISE, or None for clean captions and answers.
         Splits differ only by the rng that is passed (another seed, other scenes)."""
+        if task in ("story", "tell"):
+            story = sample_story(rng, pool, self.jitter, noise, 0.5 if task == "story" else 1.0)
+            pictures, told = np.stack([render(scene) for scene in story.scenes]), " . ".join(story.told)
+            return Example(task, pictures, *((told, "") if task == "story" else ("", told)), story)
+        if task in ("hops", "steps"):
+            return self.hop_example(rng, task, pool)
         if task == "text" and rng.random() < 0.3:
             pool = "three"  # text alone is cheap and wide: it tells of scenes that no picture shows
+        if task == "judge":  # two or three pictures
+            n = rng.choice((2, 3))
+            some = lambda kind: [sample_scene(rng, pool, self.jitter) for _ in range(n)]  # noqa: E731
+            text, scenes, label, *_ = statement(rng, WORLD_ROWS, WORLD_SLOTS, some)
+            return Example(task, np.stack([render(scene) for scene in scenes]), text, label, scenes)
         scene = sample_scene(rng, pool, self.jitter, 2 if task == "reason" and pool == "paired" else None)
         picture = render(scene)
         if task == "ask":
@@ -422,13 +629,25 @@ class World:
             return Example(task, picture, asked, f"<think> {steps} </think> {answer}", scene)
         caption = true_caption(rng, scene)
         text = (noisy_caption(rng, caption, pool, noise) if noise else caption).text()
-        prompt, answer = (text, "") if task == "draw" else ("", text)
+        prompt, answer = {"draw": (text, ""), "plan": (text, described(scene).text())}.get(task, ("", text))
         return Example(task, picture, prompt, answer, (scene, caption))
+
+    def hop_example(self, rng, task, pool):
+        """A question of one or two hops, or, where pictures have three objects, of three hops: there the steps are never
+        shown, the reference thinks nothing. `truth` is (scene, hops, worked steps)."""
+        hops, asked = 3 if max(COUNTS[pool]) == 3 else rng.choice((1, 2)), None
+        while not asked:
+            scene = sample_scene(rng, pool, self.jitter, 2 if hops == 2 else None)
+            asked = hop_question(rng, scene, hops)
+        question, steps, answer = asked
+        thought = f"<think> {steps if hops < 3 else ''} </think> ".replace("  ", " ") if task == "steps" else ""
+        return Example(task, render(scene), question, thought + answer, (scene, hops, steps))
 
     def texts(self, rng, n):
         """n texts that hold every word of the world: what the tokenizer is trained on."""
+        tasks = self.tasks + self.tasks[-1:] * (len(self.tasks) % 2 == 0)  # an odd number of them: each meets both pools
         for i in range(n):
-            e = self.example(rng, self.tasks[i % 5], "three" if i % 2 else "paired", NOISE if i % 2 else None)
+            e = self.example(rng, tasks[i % len(tasks)], "three" if i % 2 else "paired", NOISE if i % 2 else None)
             yield f"{e.prompt} {e.answer}"
 
     def lookalikes(self, rng, n, split="train", family=8):
@@ -444,9 +663,9 @@ class World:
         return [Example("caption", render(scene), "", caption.text(), (scene, caption)) for scene, caption in zip(scenes, captions)]
 
     def prompt_pool(self, rng, task):
-        """Where the GRPO stage takes its prompts from: half of them ask for, or show, three objects."""
+        """Where the GRPO stage takes its prompts from: half of them ask for, show or tell of three objects."""
         draws = ("paired",) * 3 + ("prompted",) * 2 + ("three",) * 5
-        return rng.choice(draws if task == "draw" else ("paired", "three"))
+        return rng.choice(draws if task in ("draw", "plan") else ("paired", "three"))
 
     def negatives(self, rng, text, n, held_out=True, longest=3):
         """n captions one edit away from a caption, all kinds of edit alike (repeated if there are fewer), none naming a
@@ -584,7 +803,7 @@ def load_nlvr(root, split):
         image = read(file, root, "a PNG picture", lambda p: Image.open(io.BytesIO(p.read_bytes())).convert("RGB"))
         if image.size != (400, 100):
             raise data_error(file, f"a picture of {image.width}x{image.height}", "400x100", root)
-        boxes = [image.crop((x, 0, x + 100, 100)).resize((32, 32), Image.Resampling.BOX) for x in (0, 150, 300)]
+        boxes = [shrink(image.crop((x, 0, x + 100, 100))) for x in (0, 150, 300)]
         examples.append((np.stack(boxes), sentence, label))
     return examples
 
@@ -677,6 +896,163 @@ def download(name, data_dir):
         raise ValueError(f"{url}: {error}; try again later, or put the official files at {root}") from error
 
 
+# ---------------------------------------------------------------- scenes and sentences in the style of SHAPES and of NLVR
+
+
+@functools.cache
+def coverage(shape, width, canvas):
+    """(canvas, canvas) float: the share of each pixel that a shape of this width in the middle covers, as both data sets draw.
+
+    >>> coverage("triangle", 4, 4).round(1).tolist()
+    [[0.0, 0.2, 0.2, 0.0], [0.0, 0.8, 0.8, 0.0], [0.2, 1.0, 1.0, 0.2], [0.8, 1.0, 1.0, 0.8]]
+    """
+    y, x = (np.mgrid[: 8 * canvas, : 8 * canvas] + 0.5) / 8 - canvas / 2
+    inside = {"square": np.maximum(abs(x), abs(y)) < width / 2, "circle": x**2 + y**2 < width**2 / 4,
+              "triangle": (abs(y) < width / 2) & (2 * abs(x) < y + width / 2)}[shape]  # fmt: skip
+    return inside.reshape(canvas, 8, canvas, 8).mean((1, 3))
+
+
+STEPS = {"above": (-1, 0), "below": (1, 0), "left of": (0, -1), "right of": (0, 1)}
+GRID_WORDS = ("red", "green", "blue", *SHAPES)
+_noun = {w: f"a {w}" if w in SHAPES else f"a {w} shape" for w in GRID_WORDS}
+GRID_QUESTIONS = {  # text: (X, steps, Y). Is some X where the steps lead, the last one first, from some Y?
+    " ".join(("is", _noun[x], *steps, _noun[y] if steps or y in SHAPES else y)): (x, steps, y)
+    for n in range(3) for steps in itertools.product(STEPS, repeat=n) for x in GRID_WORDS for y in GRID_WORDS}  # fmt: skip
+
+
+def sample_grid(rng):
+    """A 3x3 grid in the style of SHAPES: {(row, column): (color, shape, width in pixels)}; a fifth of the cells are empty."""
+    return {cell: (rng.choice(GRID_WORDS[:3]), rng.choice(SHAPES), rng.choice((5, 7.5)) * rng.randrange(90, 111, 2) / 100)
+            for cell in itertools.product(range(3), range(3)) if rng.random() > 0.2}  # fmt: skip
+
+
+def render_grid(rng, grid):
+    """Its picture: (32, 32, 3) uint8. Every object's colour is a little off."""
+    picture = np.zeros((SIDE, SIDE, 3), np.uint8)
+    for (row, column), (color, shape, width) in grid.items():
+        rgb = [255 * min(max((color == c) + rng.uniform(-0.2, 0.2), 0), 1) for c in GRID_WORDS[:3]]
+        picture[10 * row + 1 : 10 * row + 11, 10 * column + 1 : 10 * column + 11] = coverage(shape, width, 10)[..., None] * rgb
+    return picture
+
+
+def grid_answer(grid, question):
+    """(answer, steps): is it so, and the nine cells, row by row, in brackets where the question's steps lead; (None, None) where
+    no X is in the grid: such a question is not asked.
+
+    >>> grid = {(0, 0): ("red", "circle", 5), (1, 1): ("blue", "square", 5)}
+    >>> grid_answer(grid, "is a circle above left of a square")
+    (True, '(red-circle) nothing nothing nothing blue-square nothing nothing nothing nothing')
+    >>> grid_answer(grid, "is a square above a square")[0]
+    False
+    """
+    x, steps, y = GRID_QUESTIONS[question]
+    seen, there = ({cell for cell, o in grid.items() if word in o} for word in (x, y))
+    for down, right in (STEPS[s] for s in reversed(steps)):
+        there = {(r + down, c + right) for r, c in there if 0 <= r + down < 3 and 0 <= c + right < 3}
+    words = {cell: "-".join(grid[cell][:2]) if cell in grid else "nothing" for cell in itertools.product(range(3), range(3))}
+    thought = " ".join(f"({word})" if cell in there else word for cell, word in words.items())
+    return (bool(seen & there), thought) if seen else (None, None)
+
+
+class Item(NamedTuple):
+    """One item of an NLVR box of 100x100 pixels; x and y of its upper left corner. A tower's lowest block comes first."""
+
+    shape: str
+    color: str
+    size: int
+    x: int
+    y: int
+
+    @property
+    def touches(self):
+        """The walls of the box that it touches."""
+        there = {"left": self.x == 0, "top": self.y == 0, "right": self.x + self.size == 100, "bottom": self.y + self.size == 100}
+        return {wall for wall, here in there.items() if here}
+
+    def fits(self, color, shape=None):
+        return self.color == color and shape in (None, self.shape)
+
+
+def count(box, color, shape=None):
+    return sum(o.fits(color, shape) for o in box)
+
+
+def over(o, tower, color, other):
+    """Is this a block of one colour that stands right on a block of the other?"""
+    return o.color == color and any(below.y == o.y + 21 and below.color == other for below in tower)
+
+
+def colors(box):
+    return {o.color for o in box}
+
+
+NLVR_COLORS = {"black": (0, 0, 0), "yellow": (255, 255, 0), "blue": (0, 153, 255)}
+_color = {c: c for c in NLVR_COLORS}
+NLVR_SLOTS = {
+    "c": _color, "d": _color, "n": {w: n for w, n in NUMBERS.items() if n > 1}, "e": {"top": -1, "base": 0, "bottom": 0},
+    "s": {s: s for s in SHAPES} | dict.fromkeys(("item", "object")), "t": {s: s for s in SHAPES} | {"item": None},
+    "w": dict.fromkeys(("touching the wall", "touching the edge", "touching an edge", "touching any edge", "touching the side"), 1)
+    | {"touching the corner": 2, "closely touching a corner": 2, "closely touching a corner of a box": 2},
+    "b": dict.fromkeys(("touching the base", "touching the bottom", "closely touching the bottom of a box"), "bottom")
+    | {"closely touching right wall of a box": "right"}, "o": dict.fromkeys(("over", "above", "on")),
+    "m": {"exactly": (1, 1), "only": (1, 1), "at least": (1, 99), "at most": (-99, 1), "more than": (2, 99)}}  # fmt: skip
+NLVR_ROWS = [
+    Row("towers", "{c} tower*", lambda x, c: colors(x) == {c}),
+    Row("towers", "tower* with a {c} block at the {e}", lambda x, c, e: x[e].color == c),
+    Row("towers", "{c} block* as the {e} of a tower", lambda o, x, c, e: o is x[e] and o.color == c, True),
+    Row("towers", "{c} block* as the {e} of a tower with {n} blocks", lambda o, x, c, e, n: o is x[e] and o.fits(c) and len(x) == n, True),
+    Row("towers", "tower* with {n} blocks", lambda x, n: len(x) == n),
+    Row("towers", "tower* with exactly {n} blocks", lambda x, n: len(x) == n),
+    Row("towers", "tower* with exactly {n} blocks with a {c} block at the {e}", lambda x, n, c, e: len(x) == n and x[e].color == c),
+    Row("towers", "tower* with {n} {c} blocks", lambda x, n, c: count(x, c) >= n),
+    Row("towers", "tower* with a {c} block {o} a {d} block", lambda x, c, o, d: any(over(p, x, c, d) for p in x)),
+    Row("towers", "{c} block* {o} a {d} block", lambda p, x, c, o, d: over(p, x, c, d), True),
+    Row("towers", "{c} block*", lambda o, x, c: o.color == c, True),
+] * 2 + [  # two scenes in three are towers
+    Row("items", "{c} {s}*", lambda o, x, c, s: o.fits(c, s), True),
+    Row("items", "{c} {s}* {w}", lambda o, x, c, s, w: o.fits(c, s) and len(o.touches) >= w, True),
+    Row("items", "{s}* {w}", lambda o, x, s, w: s in (None, o.shape) and len(o.touches) >= w, True),
+    Row("items", "{c} {s}* not {w}", lambda o, x, c, s, w: o.fits(c, s) and len(o.touches) < w, True),
+    Row("items", "{c} {s}* {b}", lambda o, x, c, s, b: o.fits(c, s) and b in o.touches, True),
+    Row("items", "box* with {n} items", lambda x, n: len(x) == n),
+    Row("items", "box* with {n} {c} {s}s", lambda x, n, c, s: count(x, c, s) >= n),
+    Row("items", "box* with a {c} {s} and a {d} {t}", lambda x, c, s, d, t: count(x, c, s) and count(x, d, t)),
+    Row("items", "box* with a {c} {s} and {n} {d} {t}s", lambda x, c, s, n, d, t: count(x, c, s) and count(x, d, t) >= n),
+    Row("items", "box* with only {c} items", lambda x, c: colors(x) == {c}),
+    Row("items", "box* with items of only {c} and {d} color", lambda x, c, d: colors(x) == {c, d}),
+    Row("items", "box* with items of only one color", lambda x: len(colors(x)) == 1),
+]
+
+
+def sample_boxes(rng, kind):
+    """Three boxes of Items in the style of NLVR: towers of one to four blocks, or one to seven items anywhere."""
+    boxes = []
+    for _ in range(3):
+        if kind == "towers":
+            boxes.append([Item("square", rng.choice(tuple(NLVR_COLORS)), 20, 40, 80 - 21 * k) for k in range(rng.randint(1, 4))])
+            continue
+        boxes.append(box := [])
+        for _ in range(rng.randint(1, 7)):
+            size = rng.choice((10, 20, 30))
+            x, y = (min(rng.randrange(100), 100 - size) for _ in "xy")  # as there, many stand at the right or on the ground
+            if all(max(abs(2 * (x - o.x) + size - o.size), abs(2 * (y - o.y) + size - o.size)) > size + o.size for o in box):
+                box.append(Item(rng.choice(SHAPES), rng.choice(tuple(NLVR_COLORS)), size, x, y))
+    return boxes
+
+
+def render_box(box):
+    """(32, 32, 3) uint8: drawn at 100x100, and shrunk as load_nlvr does it."""
+    picture = np.full((100, 100, 3), 211.0)
+    for o in box:
+        there = picture[o.y : o.y + o.size, o.x : o.x + o.size]
+        there += coverage(o.shape, o.size, o.size)[..., None] * (NLVR_COLORS[o.color] - there)
+    return shrink(Image.fromarray(picture.astype(np.uint8)))
+
+
+def shrink(box):
+    return np.asarray(box.resize((SIDE, SIDE), Image.Resampling.BOX))
+
+
 class FashionMNIST:
     """Real pictures of clothes as a source of examples: draw a class, name it, answer questions about it."""
 
@@ -705,7 +1081,7 @@ class FashionMNIST:
 
     def texts(self, rng, n):
         for i in range(n):
-            e = self.example(rng, self.tasks[i % 4])
+            e = self.example(rng, self.tasks[i % len(self.tasks)])
             yield f"{e.prompt} {e.answer}"
 
     def lookalikes(self, rng, n, split="train"):
@@ -723,26 +1099,123 @@ class FashionMNIST:
         return rng.sample(others, n) if n <= len(others) else others + [rng.choice(others) for _ in range(n - len(others))]
 
 
-SOURCES = {"synthetic": World, "fashion_mnist": FashionMNIST}
+class Asked:
+    """What SHAPES and NLVR share as sources: one question, answered at once (tasks[0]) or with steps ("reason"); `splits` of real
+    items, and in training made ones beside them, with steps worked out: what is seen where. A yes or no is too little to learn
+    to see from, so half of pre-training has steps."""
+
+    made, stepped = 0.8, 0.5  # shares of training: of made items, in pre-training of those with steps
+
+    def example(self, rng, task, pool="paired", noise=None, split="train"):
+        """As World.example. Questions are clean. Only made ones have steps to learn from."""
+        also = "reason" in self.tasks and pool == "paired" and rng.random() < self.stepped
+        steps = split == "train" and (task == "reason" or also)
+        if steps or (split == "train" and rng.random() < self.made):
+            e, thought = self.make(rng)
+            return e._replace(task="reason", answer=f"{THINK} {thought} {END_THINK} {e.answer}") if steps else e
+        return self.shuffled(rng, rng.choice(self.splits[split]))._replace(task=task)
+
+    def shuffled(self, rng, example):
+        return example
+
+    def prompt_pool(self, rng, task):
+        return "prompted"
+
+    def texts(self, rng, n):
+        for e in [*self.splits["train"], *(self.example(rng, "reason") for _ in range(n // 4))]:
+            yield f"{e.prompt} {e.answer}"
 
 
-def make_sources(names, data_dir, jitter=0, fetch_missing=False):
-    """The sources named in a comma-separated list; real data is read from data_dir/NAME, downloaded first if asked for."""
+class Shapes(Asked):
+    """SHAPES as a source. Its official val is what is reported ("test"): none of its questions is ever trained on, nor are
+    the 32 other ones, about made grids, that are shown during training ("val")."""
+
+    name, tasks, made = "shapes", ("ask", "reason"), 0.9
+
+    def __init__(self, root):
+        rows = lambda split: [Example("ask", picture, question, NO_YES[int(answer)])  # noqa: E731
+                              for picture, question, answer in zip(*load_shapes(root, split))]  # fmt: skip
+        real = rows("val")
+        closed, rng = {e.prompt for e in real}, random.Random(0)
+        trained = [e for e in rows("train.tiny") + rows("train.small") if e.prompt not in closed]
+        shown = rng.sample(sorted(set(GRID_QUESTIONS) - closed - {e.prompt for e in trained}), 32)
+        self.questions = [q for q, (_, steps, _) in GRID_QUESTIONS.items() if q not in closed.union(shown)
+                          for _ in range(1 if len(steps) == 2 else 9)]  # officially one in nine of those of two steps is asked
+        self.splits = {"train": trained, "val": [self.make(rng, shown)[0] for _ in range(512)], "test": real}
+
+    def make(self, rng, questions=None):
+        """A question that may be asked of a made grid, and its steps."""
+        while True:
+            grid, question = sample_grid(rng), rng.choice(questions or self.questions)
+            answer, steps = grid_answer(grid, question)
+            if steps:
+                return Example("ask", render_grid(rng, grid), question, NO_YES[answer]), steps
+
+
+class NLVR(Asked):
+    """NLVR as a source. No sentence of dev or test is trained on, real or made; words that the train rows do not have are
+    left out of dev and test, where they are spelling mistakes and the like."""
+
+    name, tasks = "nlvr", ("judge", "reason")
+
+    def __init__(self, root):
+        plain = lambda sentence: " ".join(re.findall("[a-z0-9]+", sentence.lower()))  # noqa: E731
+        real = {split: [Example("judge", pictures, plain(sentence), TRUTH[label], sentence)
+                        for pictures, sentence, label in load_nlvr(root, split)] for split in NLVR_SPLITS}  # fmt: skip
+        self.closed = {e.prompt for split in ("dev", "test") for e in real[split]}
+        trained = [e for e in real["train"] if e.prompt not in self.closed]
+        words = {w for e in trained for w in e.prompt.split()}
+        known = lambda e: e._replace(prompt=" ".join(w for w in e.prompt.split() if w in words))  # noqa: E731
+        self.splits = {"train": trained, "val": list(map(known, real["dev"])), "test": list(map(known, real["test"]))}
+
+    def shuffled(self, rng, example):
+        """With the boxes in another order, which changes no truth."""
+        return example._replace(picture=example.picture[rng.sample(range(3), 3)])
+
+    def make(self, rng):
+        """A sentence about made boxes, and its steps: for each box the blocks of its tower, if it is one, and what is counted there."""
+        text, boxes, label, kind, counts = statement(rng, NLVR_ROWS, NLVR_SLOTS, lambda kind: sample_boxes(rng, kind), self.closed)
+        blocks = [[o.color for o in box] if kind == "towers" else [] for box in boxes]
+        steps = " ".join(word for some, n in zip(blocks, counts) for word in (*some, str(n)))
+        return Example("judge", np.stack([render_box(box) for box in boxes]), text, label), steps
+
+
+SOURCES = {"synthetic": World, "fashion_mnist": FashionMNIST, "shapes": Shapes, "nlvr": NLVR}
+
+
+def tasks_of(source, names=None):
+    """Those of a source's tasks that are named, and in any case what SHAPES and NLVR ask; all where none is named."""
+    always = source.tasks[:1] if source.name in ("shapes", "nlvr") else ()
+    return tuple(t for t in source.tasks if names is None or t in names or t in always) or source.tasks
+
+
+def make_sources(names, data_dir, jitter=0, fetch_missing=False, tasks=None):
+    """The sources named in a comma-separated list; real data is read from data_dir/NAME, downloaded first if asked for. tasks:
+    names that each source is limited to, see tasks_of."""
     made = []
     for name in names.split(","):
         if name != "synthetic" and fetch_missing:
             download(name, data_dir)
-        made.append(World(jitter) if name == "synthetic" else SOURCES[name](Path(data_dir) / name))
+        source = World(jitter) if name == "synthetic" else SOURCES[name](Path(data_dir) / name)
+        source.tasks = tasks_of(source, tasks)
+        made.append(source)
     return made
 
 
 # ---------------------------------------------------------------- words: a byte-pair tokenizer that knows its word list
 
-SPECIAL = ("<pad>", "<bos>", "<draw>", "<caption>", "<ask>", "<reason>", "<text>", "<image>", "<answer>",  # always given
+TEMPLATES = {  # after <bos> and the task's name; with a question mark: chosen. Every picture stands behind its <image>
+    "draw": "prompt picture?", "caption": "pictures <answer> answer?", "ask": "pictures prompt <answer> answer?",
+    "reason": "pictures prompt <answer> answer?", "text": "answer?", "hops": "pictures prompt <answer> answer?",
+    "steps": "pictures prompt <answer> answer?", "story": "prompt picture? prompt picture? prompt picture?",
+    "tell": "pictures <answer> answer?", "judge": "pictures prompt <answer> answer?",
+    "plan": "prompt <answer> answer? picture?"}  # fmt: skip
+SPECIAL = ("<pad>", "<bos>", *(f"<{task}>" for task in TEMPLATES), "<image>", "<answer>",  # always given
            "<eos>", "<think>", "</think>")  # these three can be chosen: text that is chosen starts at <eos>
 PAD, BOS, IMAGE, ANSWER, EOS = (SPECIAL.index(s) for s in ("<pad>", "<bos>", "<image>", "<answer>", "<eos>"))
 THINK, END_THINK = "<think>", "</think>"
-MAX_TEXT = {"caption": 18, "ask": 3, "reason": 20, "text": 18}  # tokens a free text may have, <eos> included
+MAX_TEXT = {"caption": 18, "ask": 3, "reason": 20, "text": 18, "hops": 3, "steps": 28, "tell": 44, "judge": 3, "plan": 28}
+# tokens that a free text may have, <eos> included
 
 
 class Batch(NamedTuple):
@@ -762,10 +1235,18 @@ class Batch(NamedTuple):
     def to(self, device):
         return Batch(*(t.to(device, non_blocking=True) for t in self))
 
+    def pack(self, filled):
+        """These templates with `filled`, (N, L), as target, and without the places that a text did not use: what follows
+        moves up, so that nothing attends to them and every token has the position that it has in training."""
+        unused = (self.tokens < 0) & (filled == PAD)
+        order = unused.int().argsort(dim=1, stable=True)
+        return Batch(*(t.gather(1, order) for t in self._replace(target=filled)))
+
     def trim(self):
-        """Without the columns at the right end that hold no reference: what teacher forcing needs."""
-        length = int((self.target != PAD).any(0).nonzero().max()) + 1
-        return Batch(*(t[:, :length] for t in self))
+        """Packed, and without the columns at the right end that hold no reference: what teacher forcing needs."""
+        packed = self.pack(self.target)
+        length = int((packed.target != PAD).any(0).nonzero().max()) + 1
+        return Batch(*(t[:, :length] for t in packed))
 
     def repeat(self, times):
         """Every row `times` times, one after the other: the groups of GRPO."""
@@ -831,32 +1312,40 @@ class Vocabulary:
         return "".join(self._strings[i] for i in ids if PAD < i < self.n_text).strip()
 
     def batch(self, examples, codes, device="cpu"):
-        """The Batch of a list of examples (tasks may be mixed) and their pictures' codes, (N, P) int64 in [0, K)."""
-        rows = [self._row(e, [self.n_text + c for c in picture]) for e, picture in zip(examples, codes.tolist())]
-        length = max(len(row[0]) for row in rows)
-        columns = []
-        for k, fill in enumerate((PAD, PAD, 0, self.size, -1)):
-            columns.append(torch.tensor([row[k] + [fill] * (length - len(row[k])) for row in rows]))
-        return Batch(*columns).to(device)
+        """The Batch of a list of examples (tasks may be mixed) and the codes of all `pictures_of` them, (M, P) int64 in [0, K)."""
+        left = iter((codes + self.n_text).tolist())
+        rows = [self._row(e, [next(left) for _ in range(1 if e.picture is None else len(e.pictures))]) for e in examples]
+        length = max(map(len, rows))
+        padded = [row + [(PAD, PAD, 0, self.size, -1)] * (length - len(row)) for row in rows]
+        return Batch(*torch.tensor(padded).permute(2, 0, 1).contiguous()).to(device)
 
-    def _row(self, example, picture):
-        """Template, reference, allowed ranges and patch numbers of one example: five lists of one length."""
-        P, task = self.n_patches, example.task
-        given, spans = [BOS, SPECIAL.index(f"<{task}>")], (EOS, self.n_text)
-        patch = [-1] * len(given)
-        if task in ("caption", "ask", "reason"):
-            given, patch = given + [IMAGE] + picture, patch + [-1] + list(range(P))
-        given = given + self.encode(example.prompt) + {"draw": [IMAGE], "text": []}.get(task, [ANSWER])
-        if task == "draw":
-            answer, chosen, spans = picture, P, (self.n_text, self.size)
-            patch = patch + [-1] * (len(given) - len(patch)) + list(range(P))
-        else:
-            answer, chosen = self.encode(example.answer) + [EOS], MAX_TEXT[task]
-            if len(answer) > chosen:
-                raise ValueError(f"the {task} text has {len(answer)} tokens, more than {chosen}: {example.answer!r}")
-            patch = patch + [-1] * (len(given) - len(patch) + chosen)
-        pad, n = [PAD] * (chosen - len(answer)), len(given)
-        return given + [-1] * chosen, given + answer + pad, [0] * n + [spans[0]] * chosen, [self.size] * n + [spans[1]] * chosen, patch
+    def _row(self, example, pictures):
+        """One example, position by position: (template, reference, lo, hi, patch number). pictures: the codes of each."""
+        task, row, parts = example.task, [], TEMPLATES[example.task].split()
+        sentences, pictures = iter(example.prompt.split(" . ", parts.count("prompt") - 1)), iter(pictures)
+
+        def give(ids, patch=None):
+            row.extend((i, i, 0, self.size, k) for i, k in zip(ids, patch or itertools.repeat(-1)))
+
+        give([BOS, SPECIAL.index(f"<{task}>")])
+        for part in parts:
+            if part == "prompt":
+                give(self.encode(next(sentences)))
+            elif part == "pictures":
+                for codes in pictures:
+                    give([IMAGE])
+                    give(codes, itertools.count())
+            elif part == "picture?":
+                give([IMAGE])
+                row.extend((-1, code, self.n_text, self.size, k) for k, code in enumerate(next(pictures)))
+            elif part == "answer?":
+                words, longest = self.encode(example.answer) + [EOS], MAX_TEXT[task]
+                if len(words) > longest:
+                    raise ValueError(f"the {task} text has {len(words)} tokens, more than {longest}: {example.answer!r}")
+                row.extend((-1, i, EOS, self.n_text, -1) for i in words + [PAD] * (longest - len(words)))
+            else:
+                give([SPECIAL.index(part)])
+        return row
 
 
 # ---------------------------------------------------------------- try it

@@ -14,6 +14,7 @@ It is no reward, and it chooses no checkpoint; temperatures are chosen on valida
                    Scenes one edit apart are among them; what is also true of the picture by its scene is not
   (E7) frechet   = |m - n|^2 + tr(C + D - 2 (C D)^(1/2)), means and covariances of real and of drawn pictures as the second
                    CLIP sees them: 64 numbers a picture. It is not the FID of the Inception network
+  (E8) story     = share of stories whose frames are all right and consistent: what no sentence changes is the same in the next
 
 A result on drawing is a *front*: quality against diversity over temperatures. One number at temperature 1 says little,
 because a low temperature alone makes a model look better and duller.
@@ -27,25 +28,29 @@ because a low temperature alone makes a model look better and duller.
 
 import argparse
 import base64
+import copy
 import csv
 import functools
 import html
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from data import (
     BACKGROUND,
@@ -54,19 +59,21 @@ from data import (
     PAD,
     SHAPES,
     SIZES,
+    Asked,
     Batch,
     Example,
     Object,
     Vocabulary,
     make_sources,
     parse_caption,
+    pictures_of,
     related,
     shape_mask,
 )
 from grpo import rollout, rollout_loss
 from kernels import fused_linear_grpo_loss, selected_logprobs
 from model import Codebook, ModelConfig, Transformer, completion_mask, completion_states, pick_device, sample
-from reward import CLIP, Rewards, clip_score, exact_match
+from reward import CLIP, Rewards, clip_score, exact_match, sentences_right
 
 # ---------------------------------------------------------------- the judge: picture -> objects -> is the prompt true?
 
@@ -159,10 +166,27 @@ def holds(scene, caption):
     return all(ok for _, ok in statements(scene, caption))  # (E1)
 
 
+def consistent(drawn, scenes):
+    """Does everything stay that should? Of the objects that are in two successive true scenes, those drawn must have in common
+    what the true ones have in common: an object that only moves keeps its colour, shape and size, whatever size was drawn."""
+    for a, b, first, second in zip(scenes, scenes[1:], drawn, drawn[1:]):
+        gone, new = ([o for o in x if o not in y] for x, y in ((a, b), (b, a)))
+        first, second = ({o.kind: o for o in objects} for objects in (first, second))
+        for o, p in [*((o, o) for o in a if o in b), *zip(gone, new)]:
+            d, e = first.get(o.kind), second.get(p.kind)
+            if not (d and e and all(x == y for x, y, same in zip(d[:5], e[:5], map(operator.eq, o, p)) if same)):
+                return False
+    return True
+
+
 class WorldJudge:
     """Right or wrong for the synthetic world, and which kinds of statement failed."""
 
     pools = {"compose": ("paired",), "compose_heldout": ("three",), "compose_pairs": ("prompted",), "compose_unprompted": ("heldout",)}
+
+    def __init__(self, draws=True):
+        if not draws:
+            self.pools = {}
 
     def draw(self, examples, pictures):
         """(N,) bool, and {kind: share of statements that are true}."""
@@ -178,6 +202,22 @@ class WorldJudge:
         """For each picture the kinds of statement that are false of it: a list of N sets, empty where all is right."""
         return [{kind for kind, ok in statements(scene, e.truth[1]) if not ok} for e, scene in zip(examples, parse(pictures))]
 
+    def story(self, examples, pictures):
+        """Stories (N, 3, S, S, 3) -> is each frame right, (N, 3) bool, and does what should stay the same, (N,) bool?"""
+        scenes = parse(pictures.reshape(-1, *pictures.shape[2:]))
+        drawn = [scenes[i : i + 3] for i in range(0, len(scenes), 3)]
+        right = [[holds(scene, caption) for scene, caption in zip(story, e.truth.captions)] for e, story in zip(examples, drawn)]
+        return np.array(right), np.array([consistent(story, e.truth.scenes) for e, story in zip(examples, drawn)])
+
+    def plan(self, examples, outputs):
+        """Plans and the pictures after them -> is the plan in full and true of its prompt, and is it what was drawn? (N,) bool each."""
+        plans = [parse_caption(text) for text, _ in outputs]
+        objects = [[Object(m.color, m.shape, m.size, *m.cell) for m in c.mentions] if c and all(m.cell for m in c.mentions) else None
+                   for c in plans]  # fmt: skip
+        true = [o is not None and holds(o, e.truth[1]) for o, e in zip(objects, examples)]
+        return np.array(true), np.array([o is not None and holds(scene, c) for o, c, scene in zip(
+            objects, plans, parse(np.stack([picture for _, picture in outputs])))])  # fmt: skip
+
     def caption(self, examples, texts):
         """(N,) bool: a caption that is true of the scene and names colour and shape of every object."""
         captions = [parse_caption(text) for text in texts]
@@ -186,25 +226,32 @@ class WorldJudge:
 
 
 class FashionJudge:
-    """Which class is a picture of? The vote of its 5 nearest neighbours among 6,000 real training pictures: nothing is
-    trained, and `accuracy` says how often it is right on real test pictures."""
+    """Which class is a picture of? A small convolutional net says so, trained here on real training pictures in a few seconds;
+    `accuracy` is how often it is right on real test pictures."""
 
     pools = {"compose": ("paired",)}
 
-    def __init__(self, source, neighbours=5, n=6000):
-        pictures, labels = source.splits["train"]
-        self.known, self.labels, self.neighbours = self.vectors(pictures[:n]), labels[:n], neighbours
-        pictures, labels = (x[:1000] for x in source.splits["test"])
-        self.accuracy = float((self.classify(pictures) == labels).mean())
+    def __init__(self, source, steps=600, batch=128, lr=5e-3):
+        (pictures, labels), (unseen, theirs) = source.splits["train"], (x[:2000] for x in source.splits["test"])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Conv2d(1, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Flatten(),
+                                     nn.Linear(2048, 10))  # fmt: skip
+            optimizer = torch.optim.Adam(self.net.parameters(), lr)
+            for step in range(steps):
+                optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+                some = torch.randint(len(labels), (batch,)).numpy()
+                optimizer.zero_grad()
+                F.cross_entropy(self.scores(pictures[some]), torch.from_numpy(labels[some])).backward()
+                optimizer.step()
+        self.accuracy = float((self.classify(unseen) == theirs).mean())
 
-    @staticmethod
-    def vectors(pictures):
-        return pictures.mean(-1).reshape(len(pictures), -1).astype(np.float32)
+    def scores(self, pictures):
+        return self.net(torch.from_numpy(np.ascontiguousarray(pictures[..., :1])).permute(0, 3, 1, 2) / 127.5 - 1)
 
+    @torch.no_grad()
     def classify(self, pictures):
-        x = self.vectors(np.asarray(pictures))
-        near = np.argpartition((self.known**2).sum(1) - 2 * x @ self.known.T, self.neighbours, 1)[:, : self.neighbours]
-        return np.array([np.bincount(self.labels[i], minlength=10).argmax() for i in near])
+        return self.scores(np.asarray(pictures)).argmax(1).numpy()
 
     def draw(self, examples, pictures):
         right = self.classify(pictures) == np.array([e.truth for e in examples])
@@ -215,6 +262,12 @@ class FashionJudge:
 
     def caption(self, examples, texts):
         return np.array([t == e.answer or t.split()[-1:] == e.answer.split()[-1:] for e, t in zip(examples, texts)])
+
+
+class KeyJudge:
+    """For a source that only asks, SHAPES or NLVR: nothing is drawn, and the key says what is right."""
+
+    pools = {}
 
 
 # ---------------------------------------------------------------- numbers with intervals
@@ -266,6 +319,9 @@ class Evaluator:
 
     def examples(self, task, n, pools=("paired",)):
         rng = random.Random(f"{self.split}/{self.seed}/{self.source.name}/{task}/{pools}")
+        if isinstance(self.source, Asked):  # each real item once, or n of them, the same with and without steps
+            items, rng = self.source.splits[self.split], random.Random(f"{self.split}/{self.seed}/{self.source.name}")
+            return [e._replace(task=task) for e in rng.sample(items, min(n, len(items)))]
         return [self.source.example(rng, task, pools[i % len(pools)], split=self.split) for i in range(n)]
 
     def outputs(self, examples, temperature=1.0, guidance=0.0, seed=0, group=1):
@@ -276,11 +332,11 @@ class Evaluator:
         generator = torch.Generator(device).manual_seed(seed)
         for start in range(0, len(examples), rows):
             part = examples[start : start + rows]
-            codes = self.codebook.encode(np.stack([e.picture for e in part]))
+            codes = self.codebook.encode(pictures_of(part))
             batch = self.vocab.batch(part, codes, device)
             tokens = sample(self.model, batch, self.vocab, generator, temperature, guidance, group)
             outputs += decode(self.vocab, self.codebook, part[0].task, batch.repeat(group), tokens)
-        return np.stack(outputs) if examples[0].task == "draw" else outputs
+        return np.stack(outputs) if examples[0].task in ("draw", "story") else outputs
 
     def best(self, examples, temperature, guidance, seed, group):
         """As outputs: each the best of n. Nothing is to be chosen from at temperature 0, so captions are sampled at 1."""
@@ -295,10 +351,13 @@ class Evaluator:
         return np.stack(chosen) if examples[0].task == "draw" else chosen
 
     def answers(self, task, n, pools=("paired",), temperature=0.0):
-        """(N,) bool for ask, reason and caption."""
-        examples = self.examples(task, n, pools)
+        """(N,) bool for ask, reason, judge and caption."""
+        return self.answered(self.examples(task, n, pools), temperature)
+
+    def answered(self, examples, temperature=0.0):
+        """(N,) bool: which of these are answered right?"""
         texts = self.outputs(examples, temperature)
-        if task == "caption":
+        if examples[0].task == "caption":
             return self.judge.caption(examples, texts)
         return np.array([exact_match(t, e.answer) > 0 for t, e in zip(texts, examples)])
 
@@ -397,32 +456,42 @@ def tidy(x):
 
 
 def decode(vocab, codebook, task, batch, tokens):
-    """Filled templates of one task -> a list of pictures (S, S, 3) uint8, or of texts."""
-    if task == "draw":
-        codes = tokens[batch.patch >= 0].view(len(tokens), -1) - vocab.n_text
-        return list(codebook.decode(codes).cpu().numpy())
-    mask = completion_mask(batch, tokens)
-    return [vocab.decode(row[keep].tolist()) for row, keep in zip(tokens.cpu(), mask.cpu())]
+    """Filled templates of one task -> what was chosen in each, a list: pictures (S, S, 3) uint8; for a story its three, (3, S, S, 3);
+    texts; for a plan (text, picture)."""
+    chosen, pictures = completion_mask(batch, tokens), []
+    drawn = chosen & (batch.patch >= 0)
+    if drawn.any():
+        pictures = codebook.decode(tokens[drawn].view(-1, vocab.n_patches) - vocab.n_text).cpu().numpy()
+        pictures = list(pictures.reshape(len(tokens), -1, *pictures.shape[1:]) if task == "story" else pictures)
+    if task in ("draw", "story"):
+        return pictures
+    texts = [vocab.decode(row[keep].tolist()) for row, keep in zip(tokens.cpu(), (chosen & ~drawn).cpu())]
+    return list(zip(texts, pictures)) if task == "plan" else texts
 
 
 TEMPERATURES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 METRICS = {  # group: metrics; those that no task of a run gives are null
-    "understanding": ("vqa", "vqa_three", "retrieval_i2t_r1", "retrieval_t2i_r1", "caption", "caption_three"),
+    "understanding": ("vqa", "vqa_three", "vqa_val", "retrieval_i2t_r1", "retrieval_t2i_r1", "caption", "caption_three", "tell",
+                      "tell_sentences", "tell_three"),
     "generation": ("compose", "compose_heldout", "compose_pairs", "compose_unprompted", "clip_score", "frechet", "frechet_floor", "story",
-                   "diversity", "diversity_heldout"),  # fmt: skip
-    "reasoning": ("visual", "multihop", "multihop_three"),
+                   "story_frames", "story_consistent", "story_three", "plan_compose", "plan_compose_heldout", "plan_compose_pairs",
+                   "plan_compose_unprompted", "plan_true", "plan_followed", "diversity", "diversity_heldout"),
+    "reasoning": ("visual", "visual_three", "visual_val", "visual_consistency", "multihop", "multihop_three", "multihop_val",
+                  *(f"{task}_{hops}" for hops in (1, 2, 3) for task in ("hops", "steps")), "steps_worked"),
     "language": ("text_nll",),
 }
 
 
 def measure(evaluator, clip, n=1000):
-    """Every metric of one model on one source: {group: {metric: {"value", "low", "high", "n"} or None}}, a breakdown of
-    the drawings by kind of statement, and the outcome of every single item, {metric: list}, to pair methods by."""
+    """Every metric of one model on one source: {group: {metric: {"value", "low", "high", "n"} or None}}; a breakdown of the
+    drawings by kind of statement and of the answers by kind of question; and the outcome of every single item, {metric: list}, to
+    pair methods by."""
     e, judge, found, breakdown, items = evaluator, evaluator.judge, {}, {}, {}
 
     def note(metric, outcomes, cell, **more):
         found[metric], items[metric] = cell(outcomes) | more, np.round(outcomes * 1, 4).tolist()
 
+    tasks = e.source.tasks
     for metric, pools in judge.pools.items():  # at temperature 1, one picture a prompt
         examples = e.examples("draw", 2 * n if metric == "compose" else n, pools)
         pictures = e.outputs(examples)
@@ -434,23 +503,80 @@ def measure(evaluator, clip, n=1000):
             seen = [embed(clip, x) for x in (pictures, real, other)]
             for name, ours in {"frechet": seen[0], "frechet_floor": seen[1]}.items():
                 found[name] = {"value": round(frechet(ours, seen[2]), 5), "low": None, "high": None, "n": 2 * n}
-    for metric, task in {"vqa": "ask", "caption": "caption", "multihop": "reason"}.items():  # the most likely answer
-        if task in e.source.tasks:
-            note(metric, e.answers(task, n), rate)
+    for metric, pools in judge.pools.items() if "plan" in tasks else ():
+        examples = e.examples("plan", n, pools)
+        outputs = e.outputs(examples)
+        note(f"plan_{metric}", judge.draw(examples, np.stack([picture for _, picture in outputs]))[0], rate)
+        if metric == "compose_heldout":
+            for name, right in zip(("true", "followed"), judge.plan(examples, outputs)):
+                note(f"plan_{name}", right, rate)
+    for three, pools in {"": ("paired",), "_three": ("three",)}.items() if "story" in tasks else ():
+        examples = e.examples("story", n, pools)
+        frames, same = judge.story(examples, e.outputs(examples))
+        note(f"story{three}", frames.all(1) & same, rate)  # (E8)
+        if not three:
+            note("story_frames", frames.flatten(), rate)
+            note("story_consistent", same, rate)
+    for three, pools in {"": ("paired",), "_three": ("three",)}.items() if "tell" in tasks else ():
+        examples = e.examples("tell", n, pools)
+        shares = np.array([sentences_right(text, x.answer) for text, x in zip(e.outputs(examples, 0.0), examples)])
+        note(f"tell{three}", shares == 1, rate)
+        if not three:
+            note("tell_sentences", shares, average)
+    for task in [t for t in ("hops", "steps") if t in tasks]:  # of one and two hops about two objects, of three hops about three
+        examples = e.examples(task, 2 * n, ("paired", "three"))
+        texts, hops = e.outputs(examples, 0.0), np.array([x.truth[1] for x in examples])
+        right = np.array([exact_match(text, x.answer) > 0 for text, x in zip(texts, examples)])
+        for k in (1, 2, 3):
+            note(f"{task}_{k}", right[hops == k], rate)
+        if task == "steps":
+            worked = [text.startswith(f"<think> {x.truth[2]} </think>") for text, x in zip(texts, examples) if x.truth[1] == 3]
+            note("steps_worked", np.array(worked), rate)
+    if isinstance(e.source, Asked):
+        measure_asked(e, n, note)
+    for metric, task in {"vqa": "ask", "caption": "caption", "multihop": "reason", "visual": "judge"}.items():  # the most likely answer
+        if task in e.source.tasks and metric not in found:
+            note(metric, right := e.answers(task, n), rate)
+            if task == "ask":
+                kinds = np.array([" ".join(x.prompt.split()[:2]) for x in e.examples(task, n)])  # how many, where is, ...
+                breakdown[metric] = {kind: float(right[kinds == kind].mean()) for kind in sorted(set(kinds))}
             if "compose_heldout" in judge.pools:
                 note(f"{metric}_three", e.answers(task, n, ("three",)), rate)
-    *both_ways, chance = e.retrieval(n)
-    for metric, right in zip(("retrieval_i2t_r1", "retrieval_t2i_r1"), both_ways):
-        note(metric, right, rate, chance=round(chance, 4))
-    found["text_nll"] = e.text_nll(n)
+    if "caption" in e.source.tasks:
+        *both_ways, chance = e.retrieval(n)
+        for metric, right in zip(("retrieval_i2t_r1", "retrieval_t2i_r1"), both_ways):
+            note(metric, right, rate, chance=round(chance, 4))
+    if "text" in e.source.tasks:
+        found["text_nll"] = e.text_nll(n)
     return {g: {m: found.get(m) for m in names} for g, names in METRICS.items()}, breakdown, items
+
+
+def measure_asked(evaluator, n, note):
+    """Right answers of SHAPES ("vqa") or NLVR ("visual") at once, and with steps ("multihop"), on the reported split and on "val",
+    beside the majority class in round brackets; for NLVR also how many sentences are judged right of all their pictures."""
+    tasks = {"ask": "vqa", "judge": "visual", "reason": "multihop"}
+    for name, task, split in [(metric + end, task, split) for task, metric in tasks.items() if task in evaluator.source.tasks
+                              for end, split in (("", evaluator.split), ("_val", "val"))]:  # fmt: skip
+        asked = copy.copy(evaluator)
+        asked.split = split
+        examples = asked.examples(task, n)
+        answers, right = Counter(e.answer for e in examples), asked.answered(examples)
+        (majority, most), *_ = answers.most_common(1)
+        note(name, right, rate, chance=round(most / len(examples), 4))
+        if name == "visual":
+            alike, always = defaultdict(list), defaultdict(list)  # by sentence
+            for e, ok in zip(examples, right):
+                alike[e.truth].append(bool(ok))
+                always[e.truth].append(e.answer == majority)
+            share = np.mean([all(some) for some in always.values()])
+            note("visual_consistency", np.array([all(some) for some in alike.values()]), rate, chance=round(float(share), 4))
 
 
 def sweep(evaluator, temperatures=TEMPERATURES, prompts=128, group=8):
     """The fronts: one row a temperature, with compose and diversity for seen and for never-seen prompts."""
     pools = [p for p in ("compose", "compose_heldout") if p in evaluator.judge.pools]
     fronts = [evaluator.front(evaluator.judge.pools[p], temperatures, prompts, group) for p in pools]
-    rows = fronts[0]
+    rows = fronts[0] if fronts else []
     for extra in fronts[1:]:
         for row, more in zip(rows, extra):
             row |= {f"{k}_heldout": v for k, v in more.items() if k != "temperature"}
@@ -467,12 +593,14 @@ def evaluate(models, vocab, codebook, source, judge, clip, n=1000, seed=0, promp
         if known and name == "base":
             result[name] = known[name]
             for part in parts:
-                result[part][name] = known[part][name]
+                result[part] |= {name: known[part][name]} if name in known[part] else {}
             continue
         test, val = (Evaluator(model, vocab, codebook, source, judge, split, seed, rewards=rewards if name == "aligned" else None)
                      for split in ("test", "val"))  # fmt: skip
         result[name], result["breakdown"][name], result["items"][name] = measure(test, clip, n)
         result["sweep"][name] = rows = sweep(test, TEMPERATURES, prompts, group)
+        if not rows:  # nothing is drawn
+            continue
         chosen = max(val.front(judge.pools["compose"], TEMPERATURES, max(prompts // 2, 2), 2), key=lambda row: row["compose"])
         result["best_temperature"][name] = chosen["temperature"]
         for key in ("diversity", "diversity_heldout"):  # at temperature 1
@@ -493,6 +621,8 @@ def table(result):
             cells = [result[m][group].get(metric) for m in models]
             if any(cells):
                 lines.append(f"{metric:22}" + "".join(f"{show(c):>30}" for c in cells))
+    if not result["best_temperature"]:  # nothing was drawn
+        return "\n".join([*lines, "in round brackets: the share of the majority class"])
     lines.append(f"\n{'temperature':22}" + "".join(f"{f'{m}: quality @ diversity':>34}" for m in models))
     for rows in zip(*(result["sweep"][m] for m in models)):
         cells = [" | ".join(f"{100 * r[q]:.0f} @ {100 * (r[d] or 0):.0f}" for q, d in (
@@ -508,6 +638,17 @@ def table(result):
     return "\n".join(lines)
 
 
+def by_source(result):
+    """The parts of an eval.json: {data set: its numbers}."""
+    return result.get("sources") or {result["meta"]["data"]: result}
+
+
+def tables(result):
+    """The table of every data set of a run, each under its name where there are several."""
+    parts = by_source(result)
+    return "\n\n".join((f"{name}\n" if len(parts) > 1 else "") + table(part) for name, part in parts.items())
+
+
 def report(folder):
     """A finished run as one self-contained page of HTML: warnings, pictures before and after, table, curves, configuration."""
     result = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
@@ -517,11 +658,14 @@ def report(folder):
     health = "".join(f"<li>{say(w)}</li>" for w in meta["health"]) or "<li>nothing that worries</li>"
     title = f"{meta['method']}, seed {meta['seed']}, {meta['data']}, {meta['preset']} preset"
     facts = "\n".join(f"{k}: {meta[k]}" for k in ("command", "commit", "machine", "versions", "seconds"))
+    path = folder / "samples" / "transcripts.txt"
+    thoughts = f"<h2>Questions of three hops</h2><pre>{say(path.read_text(encoding='utf-8'))}</pre>" if path.is_file() else ""
     style = "body{font:16px/1.5 system-ui;max-width:68rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}pre{overflow-x:auto}"
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{say(title)}</title><style>{style}</style><h1>{say(title)}</h1><h2>Health</h2><ul>{health}</ul>
-<h2>Before and after</h2>{image("samples/before_after.png")}<h2>Test scenes</h2><pre>{say(table(result))}</pre>
-<h2>Curves</h2>{image("curves.png")}<h2>Run</h2><pre>{say(facts)}\n{say(json.dumps(meta["config"], indent=1))}</pre></html>
+<h2>Before and after</h2>{image("samples/before_after.png")}{image("samples/stories.png")}
+<h2>Test scenes</h2><pre>{say(tables(result))}</pre>
+{thoughts}<h2>Curves</h2>{image("curves.png")}<h2>Run</h2><pre>{say(facts)}\n{say(json.dumps(meta["config"], indent=1))}</pre></html>
 """
 
 
@@ -533,22 +677,29 @@ def show(cell):
 
 
 def compare(folders):
-    """Methods side by side as text: mean over seeds with a 95% interval (Student's t), and paired differences to the first
-    method. Fronts are compared at each one's best temperature (chosen on validation) and at equal diversity."""
-    runs = defaultdict(dict)
+    """Methods side by side as text, a table a data set: mean over seeds with a 95% interval (Student's t), and paired differences
+    to the first method."""
+    found = defaultdict(lambda: defaultdict(dict))  # data set: method: seed: numbers
     for folder in folders:
         path = Path(folder) / "eval.json"
         if not path.is_file():
             raise ValueError(f"{path} is not there: has this run finished? `python train.py --resume --out {folder}` goes on")
         result = json.loads(path.read_text(encoding="utf-8"))
         method, seed = result["meta"]["method"], result["meta"]["seed"]
-        runs[method][seed] = numbers(result, "aligned")
-        runs["base"][seed] = numbers(result, "base")
+        for name, part in by_source(result).items():
+            found[name][method][seed] = numbers(part, "aligned")
+            found[name]["base"][seed] = numbers(part, "base")
+    return "\n\n".join((f"{name}\n" if len(found) > 1 else "") + comparison(runs) for name, runs in found.items())
+
+
+def comparison(runs):
+    """The table of {method: {seed: numbers}}. Fronts are compared at each one's best temperature (chosen on validation) and at
+    equal diversity."""
     first, *others = sorted(runs, key=lambda m: (m == "base", m != "lvrpo", m))
     for seed in set.intersection(*(set(r) for r in runs.values())):
         for column in ("", "_heldout"):
             fronts = {m: runs[m][seed]["front"] for m in runs}
-            common = min(max(row[f"diversity{column}"] or 0 for row in rows) for rows in fronts.values())
+            common = min(max((row[f"diversity{column}"] or 0 for row in rows), default=0) for rows in fronts.values())
             for m, rows in fronts.items():
                 runs[m][seed][f"compose{column} @ diversity"] = quality_at(rows, common, column) if common else None
     heads = [f"{m} (n={len(runs[m])})" for m in (first, *others)] + [f"{first} - {m}" for m in others]
@@ -563,9 +714,9 @@ def compare(folders):
 
 
 def numbers(result, model):
-    """{metric: value} of one model of an eval.json: at temperature 1, at its best temperature, and its front."""
+    """{metric: value} of one model and data set of an eval.json: at temperature 1, at its best temperature, and its front."""
     flat = {m: (cell or {}).get("value") for group in METRICS for m, cell in result[model][group].items()}
-    best = next(row for row in result["sweep"][model] if row["temperature"] == result["best_temperature"][model])
+    best = next((row for row in result["sweep"][model] if row["temperature"] == result["best_temperature"][model]), {})
     return flat | {f"{k} @ best T": v for k, v in best.items() if not k.startswith("distance")} | {"front": result["sweep"][model]}
 
 
@@ -640,8 +791,9 @@ def load_clip(folder, name, vocab, config, device="cpu"):
 
 def judges(config, sources=None):
     """(source, judge) for every data set of a run."""
-    sources = sources or make_sources(config["data"], config["data_dir"], config["jitter"])
-    return [(source, WorldJudge() if source.name == "synthetic" else FashionJudge(source)) for source in sources]
+    sources = sources or make_sources(config["data"], config["data_dir"], config["jitter"], tasks=config["tasks"].split(","))
+    kinds = {"synthetic": lambda source: WorldJudge("draw" in source.tasks), "fashion_mnist": FashionJudge}
+    return [(source, kinds.get(source.name, lambda source: KeyJudge())(source)) for source in sources]
 
 
 # ---------------------------------------------------------------- ablations: many short runs from one base
@@ -698,7 +850,7 @@ def ablate(name, run, out, seeds=3, jobs=1, **flags):
     flags, out = SHORT | flags, Path(out)
     config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
     shape = ("width", "layers", "heads", "patch", "codes", "jitter", "clip_width")
-    flags |= {k: config[k] for k in ("preset", "device", "data", "data_dir", *shape)}
+    flags |= {k: config[k] for k in ("preset", "device", "data", "data_dir", "tasks", *shape)}
     flags["threads"] = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
         defaults = list(pool.map(lambda seed: trained(out / f"default-{seed}", base=run, seed=seed, **flags), range(seeds)))
@@ -853,17 +1005,20 @@ def main(argv=None):
             result = json.loads(stored.read_text(encoding="utf-8"))
         else:
             models = {name: load_model(args.run, vocab, codebook, config, name, device) for name in ("base", "aligned")}
-            clip = load_clip(args.run, "clip_report", vocab, config, device)
-            source, judge = judges(config)[0]
-            result = evaluate(models, vocab, codebook, source, judge, clip, config["eval_items"], config["seed"], config["eval_prompts"])
-            del result["items"]
+            draws = (Path(args.run) / "clip_report.safetensors").is_file()
+            clip = load_clip(args.run, "clip_report", vocab, config, device) if draws else None
+            results = {source.name: evaluate(models, vocab, codebook, source, judge, clip, config["eval_items"], config["seed"],
+                                             config["eval_prompts"]) for source, judge in judges(config)}  # fmt: skip
+            for part in results.values():
+                del part["items"]
+            result = {**next(iter(results.values())), **({"sources": results} if len(results) > 1 else {})}
             result["meta"] = {k: config[k] for k in ("preset", "method", "data", "seed")} | {"config": config}
         if args.json:
             try:
                 Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
             except OSError as error:
                 raise ValueError(f"--json {args.json}: cannot be written ({error})") from error
-        print(table(result))
+        print(tables(result))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import EOS, PAD, Batch, Example, Vocabulary
-from model import Transformer, at_least_float32, completion_mask, completion_states, first_choices, matmul, sample, tails
+from model import Transformer, at_least_float32, completion_states, first_choices, matmul, sample, tails
 
 
 def check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
@@ -363,19 +363,20 @@ def rollout(policy, batch, group_size, reward_fn, vocab, generator=None, tempera
     repeated = batch.repeat(group_size)
     rewards, parts = reward_fn(repeated, tokens)
     clock.append(time.perf_counter())
+    filled = repeated.pack(tokens)
+    start, length = first_choices(filled)
+    mask = tails(filled.mask, start, length, False)
     spread = rewards.amax(1) - rewards.amin(1)
-    chosen = completion_mask(repeated, tokens)
     stats = {f"reward_{task}": rewards.mean(), f"zero_spread_{task}": (spread < 1e-6).float().mean(),
-             f"length_{task}": chosen.sum(1).float().mean(), "tokens": chosen.sum()}  # fmt: skip
+             f"length_{task}": mask.sum(1).float().mean(), "tokens": mask.sum()}  # fmt: skip
     stats |= {f"{task}_{name}": value.mean() for name, value in parts.items()}
     stats = {name: float(value) for name, value in stats.items()}
     stats |= {"seconds_sample": clock[1] - clock[0], "seconds_reward": clock[2] - clock[1]}
     best = spread.topk(min(keep or len(spread), len(spread))).indices.sort().values
     rows = (best[:, None] * group_size + torch.arange(group_size, device=best.device)).flatten().to(tokens.device)
-    start, length = first_choices(repeated)
-    mask = tails(chosen, start, length, False)[rows]
+    mask = mask[rows]
     longest = int(mask.any(0).nonzero().max()) + 1
-    tail, patch, lo, hi = (tails(x, start, longest)[rows] for x in (tokens, repeated.patch, repeated.lo, repeated.hi))
+    tail, patch, lo, hi = (tails(x, start, longest)[rows] for x in (filled.target, filled.patch, filled.lo, filled.hi))
     kept = Batch(*(x[best.to(x.device)] for x in batch))
     rewards, parts = rewards[best].to(mask.device), {name: value[best].to(mask.device) for name, value in parts.items()}
     return Rollout(task, kept, tail, patch, lo, hi, mask[:, :longest], rewards, parts, stats)

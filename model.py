@@ -253,13 +253,17 @@ class Prompted:
         given = torch.arange(width, device=start.device) < start[:, None]  # shorter prompts: nobody looks at what follows
         self.seen = F.pad(share(given), (0, room), value=True)[:, None, None]  # (N, 1, 1, width + room)
 
-    def read(self, tokens, patch):
-        """The next T tokens of every candidate and their patch numbers, (N, T) each -> their states (N, T, C)."""
+    def read(self, tokens, patch, real=None):
+        """The next T tokens of every candidate and their patch numbers, (N, T) each -> their states (N, T, C).
+        real: (N, T) bool; what is not takes no position, and nobody looks at it."""
         step = torch.arange(tokens.shape[1], device=tokens.device)
         end = self.filled + len(step)
+        if real is not None:
+            self.seen[:, 0, 0, self.filled : end] = real
         mask = self.seen[..., :end] & (torch.arange(end, device=tokens.device) <= self.filled + step[:, None])
-        hidden = self.model(tokens, patch, self.position[:, None] + step, self.cache, self.filled, mask)
-        self.position, self.filled = self.position + len(step), end
+        positions = self.position[:, None] + (step if real is None else real.cumsum(1) - 1)
+        hidden = self.model(tokens, patch, positions, self.cache, self.filled, mask)
+        self.position, self.filled = positions[:, -1] + 1, end
         return hidden
 
 
@@ -279,8 +283,8 @@ def sample(model, batch, vocab, generator=None, temperature=1.0, guidance=0.0, g
     """Fill the chosen positions of a Batch of B templates, `group` times each; returns tokens (B*group, L) int64 with
     nothing left at -1, the candidates of a template one after the other.
 
-    A free text ends at its first <eos>: what follows it in its span becomes <pad>. temperature 0 takes the most
-    likely token. guidance > 0 needs a model that was trained with dropped prompts.
+    A free text ends at its first <eos>: what follows it in its span becomes <pad>, which nothing after it sees.
+    temperature 0 takes the most likely token. guidance > 0 needs a model that was trained with dropped prompts.
     """
     if not temperature >= 0:
         raise ValueError(f"temperature must be 0 or more, not {temperature}")
@@ -308,11 +312,11 @@ def sample(model, batch, vocab, generator=None, temperature=1.0, guidance=0.0, g
         chosen = template[:, t] < 0
         ended = ended & chosen  # a given token starts a new span
         tail[:, t] = torch.where(chosen, torch.where(ended, PAD, choice), tail[:, t])
-        ended = ended | (chosen & (tail[:, t] == EOS))
+        real, ended = ~ended[:, None], ended | (chosen & (tail[:, t] == EOS))
         if t + 1 == length or (last_span and tail.device.type == "cpu" and bool(ended.all())):  # elsewhere asking costs more
             break
         nexts = [torch.where(chosen, tail[:, t], g[:, t])[:, None] for g in given]
-        states = [run.read(token, patch[:, t : t + 1])[:, 0] for run, token in zip(runs, nexts)]
+        states = [run.read(token, patch[:, t : t + 1], real)[:, 0] for run, token in zip(runs, nexts)]
     tokens = batch.tokens.repeat_interleave(group, 0)
     tokens[tokens < 0] = tail[template < 0].clamp(min=PAD)  # row by row, both in the order of positions
     return tokens

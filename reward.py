@@ -13,6 +13,7 @@ edits ("a red circle" against "a red square", "a blue circle", ...)? Answers are
   (R4) r = 1 if the answer is the key, else 0                          exact match
   (R5) agreement = share of (right, wrong) pairs in a group that the reward puts in order     validity, before and after RL
   (R9) min(r, log SURE)                                                the CLIP reward of drawings and captions
+  (R10) r = right sentences / sentences                                a story told; one drawn: the mean over its frames of their rewards
 
 Why (R9) and not s itself: among correct candidates s and (R3) still differ a little, for no reason that matters, and a
 policy that follows them draws the same few pictures. (R9) is flat when a picture is right, and keeps the slope of (R3)
@@ -38,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import COUNTS, END_THINK, FASHION_CLASSES, NOISE, PAD, THINK, edits, in_pool, parse_caption, render, scene_edits
+from data import COUNTS, END_THINK, FASHION_CLASSES, NOISE, PAD, THINK, Example, edits, in_pool, parse_caption, render, scene_edits
 from model import Block, RMSNorm, rotation
 
 FLOOR = -6.0  # the learned rewards are cut here: a hopeless candidate is not worse than a bad one
@@ -186,6 +187,16 @@ def perturb_clothes(rng, source, example, direction, split):
     return "class", other.picture, text, clean
 
 
+def captioned(source, rng, pool="paired", noise=None, split="train"):
+    """A picture and a caption to learn a reward from, as an Example to draw. Where stories are a task, every other one is a frame
+    with all that its story tells of it."""
+    if "story" not in source.tasks or rng.random() < 0.5:
+        return source.example(rng, "draw", pool, noise, split)
+    e, k = source.example(rng, "story", pool, noise, split), rng.randrange(3)
+    scene, caption = e.truth.scenes[k], e.truth.captions[k]
+    return Example("draw", e.picture[k], caption.text(), "", (scene, caption))
+
+
 def make_pairs(source, rng, n, noise=NOISE, pool="paired", split="train"):
     """n Pairs of matching over perturbed, by turns with the text and with the picture perturbed.
 
@@ -194,7 +205,7 @@ def make_pairs(source, rng, n, noise=NOISE, pool="paired", split="train"):
     """
     pairs = []
     while len(pairs) < n:
-        direction, example = ("caption", "draw")[len(pairs) % 2], source.example(rng, "draw", pool, noise, split)
+        direction, example = ("caption", "draw")[len(pairs) % 2], captioned(source, rng, pool, noise, split)
         clothes = source.name == "fashion_mnist"
         found = perturb_clothes(rng, source, example, direction, split) if clothes else perturb_world(rng, example, direction, pool)
         if found:
@@ -337,6 +348,16 @@ def exact_match(text, key):
     return float(bool(text.split()) and text.split()[-1] == key.split()[-1])  # (R4)
 
 
+def sentences_right(text, key):
+    """The share of the key's sentences that stand at their place in the text.
+
+    >>> sentences_right("a red circle . the red circle disappears", "a red circle . the red circle becomes big")
+    0.5
+    """
+    said, keys = text.split(" . "), key.split(" . ")
+    return sum(a == b for a, b in zip(said, keys)) / max(len(said), len(keys))  # (R10)
+
+
 def well_formed(text):
     """1.0 for exactly one `<think> steps </think> answer` with steps that are not empty, else 0.0."""
     words = text.split()
@@ -354,24 +375,29 @@ MIXES = {  # what `weights` of Rewards make of the two: answers and format are a
 class Rewards:
     """The rewards of every task. `weights` says how much each part counts; a missing one counts 0.
 
-    With a PreferenceModel, draw and caption have the part "preference" too, and weights default to an even mix."""
+    With a PreferenceModel, what is drawn and captions have the part "preference" too, and weights default to an even mix."""
 
-    parts = {"draw": ("clip",), "caption": ("clip", "format"), "ask": ("exact",), "reason": ("exact", "format")}
+    parts = {"draw": ("clip",), "caption": ("clip", "format"), "ask": ("exact",), "reason": ("exact", "format"), "hops": ("exact",),
+             "steps": ("exact", "format"), "story": ("clip",), "tell": ("exact",), "judge": ("exact",), "plan": ("clip",)}  # fmt: skip
     weights = MIXES["rule"]
 
     def __init__(self, clip, vocab, n_edits=12, n_caption_edits=32, preference=None, weights=None):
         self.clip, self.vocab, self.n_edits, self.preference = clip, vocab, n_edits, preference
         self.n_caption_edits = n_caption_edits  # more: a caption that misses an object must meet the one that names it
         if preference is not None:
-            self.parts = {task: names + ("preference",) * (task in ("draw", "caption")) for task, names in self.parts.items()}
+            self.parts = {task: names + ("preference",) * ("clip" in names) for task, names in self.parts.items()}
         self.weights = dict(weights or MIXES["rule" if preference is None else "mix"])
 
     def __call__(self, source, task, examples, outputs, rng):
-        """Rewards of B*G outputs for B examples: dict part -> (B, G). outputs: pictures uint8, or texts."""
+        """Rewards of B*G outputs for B examples: dict part -> (B, G). outputs: as of eval.decode. Plans and steps are not looked at."""
         group = len(outputs) // len(examples)
-        if task == "draw":
-            prompts = [e.prompt for e in examples]
-            parts = self._judge(outputs, prompts, [source.negatives(rng, p, self.n_edits) for p in prompts])
+        if task in ("draw", "story", "plan"):
+            texts = [text for e in examples for text in ([c.text() for c in e.truth.captions] if task == "story" else [e.prompt])]
+            pictures, frames = np.stack([p for _, p in outputs] if task == "plan" else outputs), len(texts) // len(examples)
+            size = pictures.shape[-3:]  # all candidates of a text one after the other, as _judge wants them
+            pictures = pictures.reshape(-1, group, frames, *size).swapaxes(1, 2).reshape(-1, *size)
+            parts = self._judge(pictures, texts, [source.negatives(rng, text, self.n_edits) for text in texts])
+            parts = {name: value.view(-1, frames, group).mean(1) for name, value in parts.items()}
         elif task == "caption":
             edits = [source.negatives(rng, text, self.n_caption_edits) for text in outputs]
             good = torch.tensor([bool(e) for e in edits])  # a text that is no caption has no edits
@@ -383,8 +409,9 @@ class Rewards:
                     parts[name][good] = score.float().cpu()
         else:
             keys = [e.answer for e in examples for _ in range(group)]
-            parts = {"exact": torch.tensor([exact_match(text, key) for text, key in zip(outputs, keys)])}
-            if task == "reason":
+            right = sentences_right if task == "tell" else exact_match
+            parts = {"exact": torch.tensor([right(text, key) for text, key in zip(outputs, keys)])}
+            if "format" in self.parts[task]:
                 parts["format"] = torch.tensor([well_formed(text) for text in outputs])
         return {name: value.float().cpu().view(len(examples), group) for name, value in parts.items()}
 
@@ -392,7 +419,7 @@ class Rewards:
         """(N,) bool: is the caption of each pre-training example likelier than its edits together, by (R3)? A caption that
         the reward takes for noise is not learned from again. Examples without a caption to judge pass."""
         kept = torch.ones(len(examples), dtype=torch.bool)
-        texts = [e.prompt or e.answer if e.task in ("draw", "caption") else "" for e in examples]
+        texts = [e.prompt or e.answer if e.task in ("draw", "caption", "plan") else "" for e in examples]
         edits = [source.negatives(rng, text, self.n_edits) if text else [] for source, text in zip(sources, texts)]
         judged = [i for i, others in enumerate(edits) if others]
         if judged:

@@ -37,6 +37,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
@@ -49,6 +50,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -64,7 +66,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import eval as evaluation
-from data import NOISE, PAD, SOURCES, SPECIAL, Vocabulary, make_sources
+from data import NOISE, PAD, SOURCES, SPECIAL, Vocabulary, make_sources, pictures_of, tasks_of
 from grpo import (
     best_and_worst,
     combine_rewards,
@@ -86,6 +88,7 @@ from reward import (
     PreferenceModel,
     Rewards,
     agreement,
+    captioned,
     clip_loss,
     make_pairs,
     pair_report,
@@ -103,8 +106,9 @@ class Config:
     preset: str = "auto"  # smoke, cpu or gpu; auto picks gpu on a CUDA device, else cpu
     device: str = "auto"  # auto, cuda, mps or cpu
     method: str = "lvrpo"  # lvrpo; baselines unified, clip, beit; controls labels, reject, dpo, best (see above)
-    data: str = "synthetic"  # data sets, comma-separated: synthetic, fashion_mnist
-    data_dir: str = "data"  # the parent of fashion_mnist/
+    data: str = "synthetic"  # data sets, comma-separated: synthetic, fashion_mnist, shapes, nlvr
+    data_dir: str = "data"  # the parent of fashion_mnist/, shapes/ and nlvr/
+    tasks: str = "draw,caption,ask,reason,text"  # what is learned and measured; all: story, tell, hops, steps, plan, judge too
     download: bool = False  # fetch missing public data from the official addresses
     out: str = ""  # run directory; empty means runs/METHOD-PRESET-SEED
     base: str = ""  # take codebook, words, base policy and CLIPs from this run instead of training them
@@ -180,18 +184,31 @@ CHOICES = {
     "reduction": ("token", "sequence", "constant"),
     "level": ("token", "sequence"),
 }
-TASK_MIX = {"draw": 4, "caption": 2, "ask": 6, "reason": 1, "text": 1}  # of a pre-training batch
-TOKEN_WEIGHT = {"draw": 1.5, "ask": 4.0}  # in its loss; others 1. An answer is one word beside sixteen codes or more:
+TASK_MIX = {"draw": 4, "caption": 2, "ask": 6, "reason": 1, "text": 1, "hops": 4, "steps": 2, "story": 2, "tell": 2, "judge": 4,
+            "plan": 2}  # of a pre-training batch  # fmt: skip
+TOKEN_WEIGHT = {"draw": 1.5, "ask": 4.0, "hops": 4.0, "judge": 4.0, "story": 1.5, "plan": 1.5}
+# in its loss; others 1. An answer is one word beside sixteen codes or more:
 # with equal weights questions are learned last (700 steps: 71% of the answers right, with these 89%)
 ALONE = 0.2  # share of the pictures to draw that come without words, half of them of three objects, and of the captions that come
 # without a picture, all of three objects: pictures alone and texts alone are cheap. It is what guidance needs, and it lets
 # a policy sample, once in a while, what no pair ever showed it
+QUESTIONS = ("ask", "reason", "hops", "steps", "judge")  # tasks with clean answers
+LONG = ("reason", "steps", "story", "tell", "plan")  # tasks that a batch of others had better not be padded to
+CAPTIONED = {"draw", "caption", "story", "plan"}  # tasks that need the reward of pictures with their captions
 OBJECTIVE_WEIGHT = 0.5  # of the contrastive and the masked-code loss beside the next-token loss
-GRPO_PROMPTS = {"draw": (1, 1), "caption": (0.5, 0.5), "ask": (4, 1), "reason": (1, 0.5)}  # prompts of each task, as shares of
-# --prompts: sampled, and learned from. Of ten groups of answers seven have no spread, so questions are sampled in plenty: an
-# answer is one word
-GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5}  # weight of each task's mean token loss: a picture's
-# reward is spread over 16 tokens or 64, a short answer's over two, so the mean over tokens would let answers dominate
+GRPO_PROMPTS = {"draw": (1, 1), "caption": (0.5, 0.5), "ask": (4, 1), "reason": (1, 0.5), "hops": (2, 0.5), "steps": (0.5, 0.5),
+                "story": (0.5, 0.5), "tell": (0.25, 0.25), "judge": (2, 0.5), "plan": (0.5, 0.5)}  # fmt: skip
+# prompts of each task, as shares of --prompts: sampled, and learned from. Of ten groups of answers seven have no spread, so
+# questions are sampled in plenty: an answer is one word
+GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5, "hops": 0.5, "steps": 0.5, "story": 2.0, "tell": 0.5,
+              "judge": 0.5, "plan": 2.0}  # fmt: skip
+# weight of each task's mean token loss: a picture's reward is spread over 16 tokens or 64, a short answer's over two, so the
+# mean over tokens would let answers dominate
+
+
+def clean_labels(rows, labelled=False):
+    """How many rows of Trainer.pairs bring an answer that is sure to be right and exact; the web's are not."""
+    return sum(e.task in (*QUESTIONS, "plan") and (labelled or e.task != "ask" or s.name != "synthetic") for s, e, _ in rows)
 
 
 def parse_flags(argv=None):
@@ -232,6 +249,7 @@ def make_config(**given):
     if preset == "auto":
         preset = "gpu" if pick_device(given.get("device", "auto"))[0].type == "cuda" else "cpu"
     c = Config(**{**PRESETS[preset], **given, "preset": preset})
+    c.tasks = ",".join(TASK_MIX) if c.tasks == "all" else c.tasks
     c.out = c.out or f"runs/{c.method}-{c.preset}-{c.seed}"
     positive = ("codes", "width", "layers", "heads", "pretrain_steps", "batch", "lr", "clip_steps", "clip_batch", "clip_edits",
                 "clip_width", "clip_lr", "grpo_steps", "prompts", "epochs", "grpo_lr", "temperature", "max_kl", "eval_items",
@@ -255,11 +273,14 @@ def make_config(**given):
         (c.pair_limit >= 0, "pair_limit", "0 or more"),
         (c.fitting_steps >= 0, "fitting_steps", "0 or more"),
         (set(c.data.split(",")) <= set(SOURCES), "data", f"names from {', '.join(SOURCES)}, comma-separated"),
+        (set(c.tasks.split(",")) <= set(TASK_MIX), "tasks", f"all, or names from {', '.join(TASK_MIX)}, comma-separated"),
+        (bool(set(c.tasks.split(",")) & set(GRPO_TASKS)), "tasks", "a task beside text, which nothing rewards"),
+        ("draw" in c.tasks.split(",") or not {"story", "plan"} & set(c.tasks.split(",")), "tasks", "draw beside story and plan"),
         (c.stage == "all" or set(c.stage.split(",")) <= set(stages), "stage", f"all, or names from {', '.join(stages)}"),
     ]
     for ok, name, legal in checks:
         if not ok:
-            near = get_close_matches(str(getattr(c, name)), [*SOURCES, *stages], 1)
+            near = get_close_matches(str(getattr(c, name)), [*SOURCES, *stages, *TASK_MIX], 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected {legal}{hint}")
     return c
@@ -400,7 +421,8 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device, self.dtype, self.reason = pick_device(config.device)
-        self.sources = make_sources(config.data, config.data_dir, config.jitter, config.download)
+        self.sources = make_sources(config.data, config.data_dir, config.jitter, config.download, config.tasks.split(","))
+        self.captioned = [s for s in self.sources if CAPTIONED & set(s.tasks)]  # the key rewards the others
         self.interrupted, self.learning = None, False
 
     def rng(self, *place):
@@ -408,6 +430,10 @@ class Trainer:
 
     def generator(self, rng):
         return torch.Generator(self.device).manual_seed(rng.getrandbits(60))
+
+    @functools.cached_property
+    def judges(self):
+        return evaluation.judges(vars(self.config), self.sources)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -499,10 +525,12 @@ class Trainer:
         """Patches and words of all data sets."""
         c, rng = self.config, self.rng("codebook")
         pools = ("paired", "three") * 2000
-        pictures = np.stack([s.example(rng, "caption", pool).picture for s in self.sources for pool in pools])
+        look = lambda s: "caption" if "caption" in s.tasks else s.tasks[0]  # noqa: E731
+        shown = lambda s: pools[: 1400 if look(s) == "judge" else None]  # three pictures each  # noqa: E731
+        pictures = pictures_of([s.example(rng, look(s), pool) for s in self.sources for pool in shown(s)])
         codebook = Codebook.fit(pictures, c.codes, c.patch, seed=c.seed)
         for s in self.sources:
-            sample = np.stack([s.example(rng, "caption", split="val").picture for _ in range(500)])
+            sample = pictures_of([s.example(rng, look(s), split="val") for _ in range(500)])
             print(f"codebook: {len(codebook.entries)} entries; {s.name} validation pictures {codebook.psnr(sample):.1f} dB")
         vocab = Vocabulary.train((t for s in self.sources for t in s.texts(rng, 6000)), len(codebook.entries), codebook.side**2)
         print(f"words: {len(vocab.words)} in {vocab.n_text} text tokens; vocabulary {vocab.size}")
@@ -526,14 +554,15 @@ class Trainer:
 
     def pairs(self, rng, n, believed=None, labelled=False):
         """n pre-training examples, as (source, example, is what it is given blanked out?), less those that `believed`(sources,
-        examples, rng) -> (N,) bool turns down. labelled: questions and answers as in the GRPO stage, clean, about three objects too."""
+        examples, rng) -> (N,) bool turns down. labelled: questions and answers as in the GRPO stage, clean, about three objects too;
+        those of several hops to be answered at once always are."""
         rows = []
         for _ in range(n):
             source = rng.choice(self.sources)
             task = rng.choice([t for t in source.tasks for _ in range(TASK_MIX[t])])
             alone = task in ("draw", "caption") and rng.random() < ALONE
             pool = "three" if alone and (task == "caption" or rng.random() < 0.5) else "paired"
-            pool = source.prompt_pool(rng, task) if labelled and task in ("ask", "reason") else pool
+            pool = source.prompt_pool(rng, task) if task == "hops" or (labelled and task in QUESTIONS) else pool
             rows.append((source, source.example(rng, task, pool, None if labelled and task == "ask" else NOISE), alone))
         if believed:
             told = [row for row in rows if not row[2]]  # no pair, nothing to believe
@@ -542,12 +571,12 @@ class Trainer:
         return rows
 
     def batches(self, rows):
-        """The rows of `pairs` as two Batches, the answers with steps apart: they are the longest, and padding is work for nothing."""
-        for steps in (False, True):
-            part = [(e, alone) for _, e, alone in rows if (e.task == "reason") == steps]
+        """The rows of `pairs` as Batches, the LONG tasks each apart: padding is work for nothing."""
+        for task in (None, *LONG):
+            part = [(e, alone) for _, e, alone in rows if (e.task if e.task in LONG else None) == task]
             if part:
                 examples, alone = zip(*part)
-                batch = self.vocab.batch(examples, self.codebook.encode(np.stack([e.picture for e in examples]))).trim()
+                batch = self.vocab.batch(examples, self.codebook.encode(pictures_of(examples))).trim()
                 yield batch.blank(torch.tensor(alone)).to(self.device)
 
     def next_token_loss(self, model, rows):
@@ -572,12 +601,11 @@ class Trainer:
             rng = self.rng(stage, step)
             rows = self.pairs(rng, self.config.batch, labelled=labelled)
             loss, tokens = self.next_token_loss(model, rows)
-            sure = ("ask", "reason") if labelled else ("reason",)  # the web's answers are no labels
-            parts, row = {"nll": loss}, {"tokens": tokens, "labels": sum(e.task in sure for _, e, _ in rows)}
+            parts, row = {"nll": loss}, {"tokens": tokens, "labels": clean_labels(rows, labelled)}
             shown = [(e, alone) for _, e, alone in rows if e.task != "text" and not (alone and e.task == "caption")]
             some = [e for e, alone in shown if not words or (e.task in ("draw", "caption") and not alone)]
             if objective and some:
-                codes = self.codebook.encode(np.stack([e.picture for e in some])).to(self.device)
+                codes = self.codebook.encode(pictures_of(some)).to(self.device)
                 with self.autocast():
                     parts[stage] = OBJECTIVE_WEIGHT * objective(model, self.vocab, codes, [e.prompt or e.answer for e in some], rng)
                 row[f"loss_{stage}"] = float(parts[stage].detach())
@@ -640,16 +668,19 @@ class Trainer:
 
     def rewards(self, mix=None):
         """The rewards of --reward, or of another mix."""
-        c, preference, mix = self.config, None, mix or self.config.reward
+        c, preference, mix = self.config, None, (mix or self.config.reward) if self.captioned else "rule"
         if mix != "rule":
             preference = PreferenceModel(self.vocab.n_text, c.patch, width=c.clip_width).to(self.device).eval()
             evaluation.load_weights(preference, self.folder / "preference.safetensors")
-        clip = evaluation.load_clip(self.folder, "clip", self.vocab, vars(c), self.device)
+        clip = evaluation.load_clip(self.folder, "clip", self.vocab, vars(c), self.device) if self.captioned else None
         return Rewards(clip, self.vocab, preference=preference, weights=MIXES[mix])
 
     def clip_stage(self):
         """The reward's CLIP on noisy pairs; a second one, of another seed, on clean pairs of all pools, that only reports."""
         c = self.config
+        if not self.captioned:
+            print("clip: nothing to learn, no data set here has pictures with captions; answers are rewarded by the key")
+            return write_json(self.folder / "reward_validity.json", {})
         everything = ("paired", "prompted", "three", "heldout")
         reports = c.clip_steps * 2 // 5  # clean pairs teach faster
         for stage, steps, noise, pools, held_out, longest in (
@@ -661,8 +692,8 @@ class Trainer:
                 """Pairs, each caption with its false edits."""
                 rng, examples, edited = self.rng(stage, step), [], []
                 for _ in range(c.clip_batch):
-                    source = rng.choice(self.sources)
-                    examples.append(source.example(rng, "draw", rng.choice(pools), noise=noise))
+                    source = rng.choice(self.captioned)
+                    examples.append(captioned(source, rng, rng.choice(pools), noise))
                     edited += source.negatives(rng, examples[-1].prompt, c.clip_edits, held_out, longest)
                 ids, edits = (text_ids(self.vocab, t, self.device) for t in ([e.prompt for e in examples], edited))
                 with self.autocast():
@@ -683,7 +714,7 @@ class Trainer:
         def losses(step):
             """Pairs, half of them made, half sampled."""
             rng = self.rng("preference", step % math.ceil(c.pair_limit / c.pairs) if c.pair_limit else step)
-            source = rng.choice(self.sources)
+            source = rng.choice(self.captioned)
             own = rng.sample(ranked, min(c.pairs // 2, len(ranked)))
             pairs = own + make_pairs(source, rng, c.pairs - len(own))
             with self.autocast():
@@ -692,10 +723,10 @@ class Trainer:
 
         self.optimise("preference", model, c.preference_steps, c.clip_lr, losses)
         model.eval()
-        set_anchor(model, self.vocab, [p for s in self.sources for p in make_pairs(s, self.rng("anchor"), 512 // len(self.sources))])
+        set_anchor(model, self.vocab, [p for s in self.captioned for p in make_pairs(s, self.rng("anchor"), 512 // len(self.captioned))])
         save_atomically(model.state_dict(), self.folder / "preference.safetensors")
         found = {}
-        for source in self.sources:
+        for source in self.captioned:
             held_out = make_pairs(source, self.rng("held-out pairs"), 1024, noise=None, split="val")
             found[source.name] = report = pair_report(model, self.vocab, held_out)
             shares = ", ".join(f"{k} {v:.2f}" for k, v in report["accuracy"].items() if " " not in k)
@@ -706,7 +737,7 @@ class Trainer:
         """Preference pairs of the base model's own drawings and captions, ranked by the CLIP score, prompts as in GRPO."""
         rewards, model, pairs = self.rewards("rule"), self.policy("base").eval(), []
         for task in ("draw", "caption"):
-            for source in self.sources:
+            for source in self.captioned:
                 rng = self.rng("ranked", task, source.name)
                 examples = [source.example(rng, task, source.prompt_pool(rng, task)) for _ in range(prompts)]
                 outputs = evaluation.Evaluator(model, self.vocab, self.codebook, source, None).outputs(examples, group=group)
@@ -723,9 +754,11 @@ class Trainer:
         """Reward validity: does this mix of rewards rank a model's own drawings as the judge does? Before RL, and after it,
         by what the policy has found meanwhile. Validation prompts; the answer is written down and shown, nothing is chosen
         by it. least: faulty drawings of one kind that there must be to speak of it."""
+        if not self.captioned:
+            return {}
         rewards, found = self.rewards(mix), {}
         model = self.policy(name)
-        for source, judge in evaluation.judges(vars(self.config), self.sources):
+        for source, judge in self.judges:
             asked = evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", self.config.seed)
             for pool, pools in list(judge.pools.items())[:2]:  # never on what no prompt may name
                 examples = asked.examples("draw", prompts, pools)
@@ -762,16 +795,16 @@ class Trainer:
             source = rng.choice([s for s in self.sources if task in s.tasks])
             asked, kept = (max(round(c.prompts * share), 1) for share in GRPO_PROMPTS[task])
             examples = [source.example(rng, task, source.prompt_pool(rng, task)) for _ in range(asked)]
-            batch = self.vocab.batch(examples, self.codebook.encode(np.stack([e.picture for e in examples])), self.device)
+            batch = self.vocab.batch(examples, self.codebook.encode(pictures_of(examples)), self.device)
 
             def reward(filled, tokens):
                 outputs = evaluation.decode(self.vocab, self.codebook, task, filled, tokens)
-                parts = rewards(source, task, examples, np.stack(outputs) if task == "draw" else outputs, rng)
+                parts = rewards(source, task, examples, np.stack(outputs) if task in ("draw", "story") else outputs, rng)
                 return rewards.total(parts), parts
 
             with self.autocast():
                 r = rollout(policy, batch, c.group_size, reward, self.vocab, self.generator(rng), c.temperature, task, kept)
-            r.stats |= {"labels": asked} if task in ("ask", "reason") else {}
+            r.stats |= {"labels": asked} if task in (*QUESTIONS, "tell") else {}
             return r, self.advantages(r, rewards.weights)
 
         def losses(step):
@@ -794,7 +827,7 @@ class Trainer:
                     nll, tokens = self.next_token_loss(policy, rows)
                     parts["ptx"], row["nll"] = c.ptx_coef * nll, float(nll.detach())  # (T1)
                     row["ptx_tokens"] = row.get("ptx_tokens", 0) + tokens
-                    row["labels"] = row.get("labels", 0) + sum(e.task == "reason" for _, e, _ in rows)
+                    row["labels"] = row.get("labels", 0) + clean_labels(rows)
                 if epoch == 0 and stage == "dpo":
                     row["pairs"] = sum(len(best_and_worst(r.rewards)[0]) for r, _ in rollouts)
                 yield parts, row
@@ -813,14 +846,17 @@ class Trainer:
     # ------------------------------------------------------------ looking at it
 
     def watcher(self, every=20, prompts=32, group=4):
-        """Every so often: the judge's score and diversity on validation prompts (shown, never used), and sample pictures."""
-        source, judge = evaluation.judges(vars(self.config), self.sources)[0]
+        """Every so often: the judge's score and diversity on validation prompts (shown, never used), and sample pictures; or, where
+        nothing is drawn, the share of right answers on validation questions."""
+        source, judge = next((pair for pair in self.judges if pair[1].pools), self.judges[0])
         pools = [judge.pools[p] for p in ("compose", "compose_heldout") if p in judge.pools]
 
         def watch(step, model):
             if step % every and step + 1 < self.config.grpo_steps:
                 return {}
             asked, row = evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", self.config.seed), {}
+            if not pools:
+                return {"val_right": float(asked.answers(source.tasks[0], 256).mean())}
             for name, pool in zip(("val", "val_heldout"), pools):
                 front = asked.front(pool, (1.0,), prompts, group)[0]
                 row |= {f"{name}_{k}": v for k, v in front.items() if v is not None and k in ("compose", "diversity")}
@@ -833,15 +869,34 @@ class Trainer:
         """samples/NAME.png: the same prompts from the same noise, whatever the model."""
         (self.folder / "samples").mkdir(exist_ok=True)
         rows = []
-        for source, judge in evaluation.judges(vars(self.config), self.sources):
+        for source, judge in (pair for pair in self.judges if pair[1].pools):
             asked = evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", 1)
             examples = [e for pools in judge.pools.values() for e in asked.examples("draw", 3 if len(judge.pools) > 1 else 8, pools)]
             repeated = [e for e in examples for _ in range(per_prompt)]
             pictures = asked.outputs(examples, group=per_prompt)
             groups = zip(np.split(pictures, len(examples)), np.split(judge.draw(repeated, pictures)[0], len(examples)))
             rows += [(e.prompt, *group) for e, group in zip(examples, groups)]
-        contact_sheet(rows).save(self.folder / "samples" / f"{name}.png")
+        if rows:
+            contact_sheet(rows).save(self.folder / "samples" / f"{name}.png")
         return rows
+
+    def show(self, models, n=8):
+        """samples/stories.png: stories drawn before and after alignment; samples/transcripts.txt: what either thinks and says
+        to questions of three hops."""
+        for source, judge in self.judges:
+            asked = [evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", 1) for model in models.values()]
+            if "story" in source.tasks:
+                examples = asked[0].examples("story", n, ("paired", "three"))
+                drawn = [e.outputs(examples) for e in asked]
+                right = [judge.story(examples, pictures)[0] for pictures in drawn]
+                rows = [(e.prompt, np.concatenate(p), np.concatenate(ok)) for e, p, ok in zip(examples, zip(*drawn), zip(*right))]
+                contact_sheet(rows, ("before", "after")).save(self.folder / "samples" / "stories.png")
+            if "steps" in source.tasks:
+                examples = asked[0].examples("steps", 2 * n, ("three",))
+                said = zip(*(e.outputs(examples, 0.0) for e in asked))
+                texts = [f"{e.prompt}\n  worked out: {e.truth[2]} -> {e.answer.split()[-1]}\n" + "".join(
+                    f"  {name}: {text}\n" for name, text in zip(models, some)) for e, some in zip(examples, said)]  # fmt: skip
+                (self.folder / "samples" / "transcripts.txt").write_text("\n".join(texts), encoding="utf-8")
 
     def eval_stage(self):
         """Base and aligned on test scenes: eval.json, the table, curves and pictures."""
@@ -849,9 +904,9 @@ class Trainer:
         if c.method == "lvrpo":
             write_json(self.folder / "reward_validity_aligned.json", self.check_reward(c.reward, "aligned", prompts=128))
         models = {name: self.policy(name).eval() for name in ("base", "aligned")}
-        clip = evaluation.load_clip(self.folder, "clip_report", self.vocab, vars(c), self.device)
+        clip = evaluation.load_clip(self.folder, "clip_report", self.vocab, vars(c), self.device) if self.captioned else None
         results, items, known = {}, {}, self.base_results()
-        for source, judge in evaluation.judges(vars(c), self.sources):
+        for source, judge in self.judges:
             result = evaluation.evaluate(
                 models, self.vocab, self.codebook, source, judge, clip, c.eval_items, c.seed, c.eval_prompts,
                 rewards=self.rewards() if c.method == "best" else None, known=known.get(source.name))  # fmt: skip
@@ -861,7 +916,9 @@ class Trainer:
         print("\n".join(f"health: {warning}" for warning in warnings))
         before, after = (self.draw_samples(model, name) for name, model in models.items())
         both = [(prompt, np.concatenate((a[:4], b[:4])), [*x[:4], *y[:4]]) for (prompt, a, x), (_, b, y) in zip(before, after)]
-        contact_sheet(both, ("before", "after")).save(self.folder / "samples" / "before_after.png")
+        if both:
+            contact_sheet(both, ("before", "after")).save(self.folder / "samples" / "before_after.png")
+        self.show(models)
         frames = [Image.open(p).convert("P") for p in sorted((self.folder / "samples").glob("grpo_*.png"))]
         if frames:
             frames[0].save(self.folder / "samples.gif", save_all=True, append_images=frames[1:], duration=500, loop=0)
@@ -892,7 +949,7 @@ class Trainer:
         c = self.config
         done = {"codebook": "codebook.safetensors", "pretrain": "base.safetensors", "clip": "reward_validity.json",
                 "preference": "preference_validity.json", "eval": "eval.json"}  # fmt: skip
-        every = [s for s in STAGES[c.method] if s != "preference" or (c.reward != "rule" and c.method not in MORE)]
+        every = [s for s in STAGES[c.method] if s != "preference" or (c.reward != "rule" and c.method not in MORE and self.captioned)]
         wanted = every if c.stage == "all" else [s for s in STAGES[c.method] if s in c.stage.split(",")]
         for stage in wanted:
             if (self.folder / done.get(stage, "aligned.safetensors")).exists() and not (c.stage != "all" and stage == "eval"):
@@ -920,9 +977,8 @@ def contact_sheet(rows, titles=(), zoom=2, words=330):
     for i, title in enumerate(titles):
         draw.text((words + i * (block * size + 12), 4), title, fill="black")
     for y, (prompt, pictures, right) in enumerate(rows):
-        half = len(prompt) > 52 and prompt.rfind(" ", 0, 52)
-        text = prompt[:half] + "\n" + prompt[half + 1 :] if half else prompt
-        draw.multiline_text((8, top + y * size + size // 2 - 6), text, fill="black")
+        text = "\n".join(textwrap.fill(sentence, 51) for sentence in prompt.split(" . "))
+        draw.multiline_text((8, top + y * size + (size // 2 - 6 if text.count("\n") < 2 else 4)), text, fill="black")
         for x, (picture, ok) in enumerate(zip(pictures, right)):
             left, upper = words + x * size + x // block * 12, top + y * size
             draw.rectangle((left, upper, left + size - 2, upper + size - 2), fill=(40, 160, 60) if ok else (210, 60, 50))
@@ -993,7 +1049,8 @@ def health(folder):
     """What should worry a reader of an aligned run, by its metrics.csv and by what the reward made of the aligned model's
     drawings: a list of sentences, empty when all is well."""
     path, found = folder / "metrics.csv", []
-    log = [r for r in csv.DictReader(path.open(encoding="utf-8")) if r.get("reward_draw")] if path.exists() else []
+    rows = csv.DictReader(path.open(encoding="utf-8")) if path.exists() else ()
+    log = [r for r in rows if any(v for k, v in r.items() if k.startswith("reward_"))]
 
     def ends(column, share):
         """Means of the first and of the last share of a column's values."""
@@ -1054,15 +1111,16 @@ def take_over(config, folder):
     """Copy what --base already trained. What goes on with next-token training gets as many steps as fit the seconds that the
     rewards and alignment took there."""
     base = Path(config.base)
-    kept = ("codebook.safetensors", "tokenizer.json", "words.json", "base.safetensors", "clip.safetensors", "clip_report.safetensors",
-            "reward_validity.json")  # fmt: skip
+    kept = ("codebook.safetensors", "tokenizer.json", "words.json", "base.safetensors", "reward_validity.json")
+    if any(CAPTIONED & set(tasks_of(SOURCES[name], config.tasks.split(","))) for name in config.data.split(",")):
+        kept += ("clip.safetensors", "clip_report.safetensors")
     kept += tuple(n for n in ("preference.safetensors", "preference_validity.json") if (base / n).is_file())
     for name in kept:
         if not (base / name).is_file():
             raise ValueError(f"--base {base}: {name} is not there; train it first with `python train.py --out {base}`")
     theirs = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    shape = ("data", "patch", "codes", "jitter", "width", "layers", "heads", "clip_width")
-    different = [f"{n} {theirs[n]} (here {getattr(config, n)})" for n in shape if theirs[n] != getattr(config, n)]
+    shape = ("data", "tasks", "patch", "codes", "jitter", "width", "layers", "heads", "clip_width")
+    different = [f"{n} {theirs.get(n)} (here {getattr(config, n)})" for n in shape if theirs.get(n) != getattr(config, n)]
     if different:
         raise ValueError(f"--base {base} has another configuration: {', '.join(different)}")
     if config.method in MORE and not (config.extra_steps or config.fitting_steps):

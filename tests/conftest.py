@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, a small world, and one finished run of the smoke preset."""
 
 import gzip
+import json
 import os
 import random
 import runpy
@@ -16,8 +17,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; comma
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
 
-from data import KINDS, FashionMNIST, Object, Vocabulary, World, render  # noqa: E402
+import data  # noqa: E402
+from data import KINDS, Example, FashionMNIST, Object, Vocabulary, World, pictures_of, render  # noqa: E402
 from model import Codebook  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +28,16 @@ ROOT = Path(__file__).resolve().parents[1]
 # The same examples on every machine, no time limit on any one of them, nothing written beside the sources.
 hypothesis.settings.register_profile("repository", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repository")
+
+
+def example(rng, task):
+    """One example of any template: of the tasks with several pictures or spans one is put together from captions."""
+    if task in ("draw", "caption", "ask", "reason", "text"):
+        return World().example(rng, task)
+    shown = [World().example(rng, "caption") for _ in range({"plan": 1, "judge": rng.choice((2, 3))}.get(task, 3))]
+    text, pictures = " . ".join(e.answer for e in shown), pictures_of(shown)
+    return {"story": Example(task, pictures, text, ""), "tell": Example(task, pictures, "", text),
+            "judge": Example(task, pictures, shown[0].answer, "yes"), "plan": Example(task, pictures[0], text, text)}[task]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +74,49 @@ def clothes(tmp_path):
         (root / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pictures.tobytes()))
         (root / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(struct.pack(">II", 0x801, n) + labels.tobytes()))
     return FashionMNIST(root)
+
+
+def write_shapes(root, stored, questions, answers, split="val"):
+    """SHAPES in its format: pictures (N, 30, 30, 3) uint8 as stored, one question and one "true" or "false" for each."""
+    folder = root / "shapes_dataset"
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / f"{split}.input.npy", stored)
+    (folder / f"{split}.query_str.txt").write_text("".join(q + "\n" for q in questions))
+    (folder / f"{split}.output").write_text("".join(a + "\n" for a in answers))
+
+
+def strip(colors, size=(400, 100)):
+    """A picture in NLVR's layout: three boxes of one colour each, with separators between them."""
+    picture = Image.new("RGBA", size, (128, 128, 128, 255))
+    for x, color in zip((0, 150, 300), colors):
+        picture.paste(color, (x, 0, x + 100, 100))
+    return picture
+
+
+def write_nlvr(root, rows, split="dev", file="dev.json", pictures=(((255, 0, 0, 255), (0, 255, 0, 255), (0, 0, 255, 255)),) * 9, order=0):
+    """NLVR in its format: rows as in its JSON, and the boxes' colours of each row's picture."""
+    for row, colors in zip(rows, pictures):
+        path = root / split / "images" / "3" / f"{split}-{row['identifier']}-{order}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        strip(colors).save(path)
+    (root / split / file).write_text("\n".join(map(json.dumps, rows)))  # officially no newline at the end
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """The folder of SHAPES and NLVR in tiny files of their formats: train, val or dev, and test share some of what they ask."""
+    rng = random.Random(0)
+    for split, questions in {"train.tiny": ["is a circle red"], "train.small": ["is a circle above a square", "is a red shape red"],
+                             "val": ["is a circle above a square", "is a square green"]}.items():  # fmt: skip
+        grids = [data.sample_grid(rng) for _ in range(4 * len(questions))]
+        pictures = np.stack([data.render_grid(rng, grid)[1:31, 1:31, ::-1] for grid in grids])
+        write_shapes(tmp_path / "shapes", pictures, 4 * questions, ["true", "false"] * (2 * len(questions)), split)
+    said = {"train": ["There is a blue tower.", "there are 2 boxes"], "dev": ["there is a bleu tower", "There are 2 boxes"],
+            "test": ["there is a tower", "there is a tower."]}  # fmt: skip
+    for split, sentences in said.items():
+        rows = [{"sentence": s, "label": "true", "identifier": f"{k}-0"} for k, s in enumerate(sentences)]
+        write_nlvr(tmp_path / "nlvr", [*rows, dict(rows[0], identifier="9-1", label="false")], split, f"{split}.json")
+    return tmp_path
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import data
 from data import COLORS, COUNTS, EOS, INVERSE, KINDS, MAX_TEXT, NOISE, PAD, SHAPES, SIZES, SPECIAL, Caption, Example, Mention, Object, World
 from eval import holds
+from reward import well_formed
 
 DIRECTIONS = {  # independent of data.related: from the cells, once more
     "left of": lambda a, b: a.column - b.column == -1, "right of": lambda a, b: a.column - b.column == 1,
@@ -69,7 +70,7 @@ def test_the_same_generator_gives_the_same_examples_and_another_gives_others():
     first, again, other = some(5), some(5), some(6)
     for a, b in zip(first, again):
         assert (a.picture == b.picture).all() and a._replace(picture=None) == b._replace(picture=None)
-    assert sum((a.picture == b.picture).all() for a, b in zip(first, other)) < len(first) / 2
+    assert sum(np.array_equal(a.picture, b.picture) for a, b in zip(first, other)) < len(first) / 2
 
 
 def test_relations_hold_one_way_only():
@@ -407,6 +408,55 @@ def test_a_mixed_batch_holds_each_template_and_padding_that_is_neither_chosen_no
     assert (chosen >= batch.lo[batch.mask]).all() and (chosen < batch.hi[batch.mask]).all()
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_several_pictures_stand_each_behind_its_mark_with_places_of_their_own(vocab, n):
+    pictures = np.zeros((n, 32, 32, 3), np.uint8)
+    codes = torch.arange(n * 16).view(n, 16) % 24
+    batch, shown = vocab.batch([Example("judge", pictures, "is there a circle ?", "yes")], codes), []
+    for k in range(n):
+        shown += [SPECIAL.index("<image>"), *(codes[k] + vocab.n_text).tolist()]
+    words = [SPECIAL.index("<bos>"), SPECIAL.index("<judge>"), *shown, *vocab.encode("is there a circle ?"), SPECIAL.index("<answer>")]
+    assert batch.tokens[0].tolist() == words + [-1] * MAX_TEXT["judge"]
+    assert batch.patch[0].tolist() == [-1, -1] + [-1, *range(16)] * n + [-1] * (len(words) - 2 - 17 * n + MAX_TEXT["judge"])
+
+
+def test_a_story_gives_its_sentences_and_chooses_the_picture_after_each(vocab):
+    codes = torch.arange(48).view(3, 16) % 24
+    sentences = ["a circle", "a big red circle", "a red circle and a square"]
+    batch = vocab.batch([Example("story", np.zeros((3, 32, 32, 3), np.uint8), " . ".join(sentences), "")], codes)
+    tokens, target, patch = [SPECIAL.index("<bos>"), SPECIAL.index("<story>")], [], []
+    for sentence, drawn in zip(sentences, codes):
+        tokens += [*vocab.encode(sentence), SPECIAL.index("<image>"), *[-1] * 16]
+        target += (drawn + vocab.n_text).tolist()
+        patch += range(16)
+    assert batch.tokens[0].tolist() == tokens and batch.target[0][batch.mask[0]].tolist() == target
+    assert (batch.mask[0] == (batch.tokens[0] < 0)).all() and batch.patch[0][batch.mask[0]].tolist() == patch
+    assert set(batch.lo[batch.mask].tolist()) == {vocab.n_text} and set(batch.hi[batch.mask].tolist()) == {vocab.size}
+
+
+def test_a_plan_is_chosen_and_then_the_picture_and_packing_closes_the_gap_between_them(vocab):
+    texts = ["a circle", "a big red circle and a square"]
+    batch = vocab.batch([Example("plan", None, "a circle", text) for text in texts], CODES.expand(2, -1))
+    packed = batch.trim()
+    for row, text in zip(packed.target.tolist(), texts):
+        words = [SPECIAL.index("<bos>"), SPECIAL.index("<plan>"), *vocab.encode("a circle"), SPECIAL.index("<answer>")]
+        words += [*vocab.encode(text), EOS, SPECIAL.index("<image>"), *(CODES[0] + vocab.n_text).tolist()]
+        assert row == words + [PAD] * (packed.target.shape[1] - len(words))
+    for name in ("target", "lo", "hi", "patch"):
+        assert torch.equal(getattr(packed, name)[packed.mask], getattr(batch, name)[batch.mask])
+    assert packed.mask.sum(1).tolist() == [2 + 1 + 16, 7 + 1 + 16] and packed.target.shape[1] == 5 + 7 + 2 + 16
+
+
+def test_the_pictures_of_mixed_examples_find_their_own_rows(vocab):
+    one, three = np.zeros((32, 32, 3), np.uint8), np.zeros((3, 32, 32, 3), np.uint8)
+    codes = torch.arange(5)[:, None].expand(5, 16) + 1
+    texts = [("caption", one, "", "a circle"), ("tell", three, "", "a circle . a square . a circle"), ("draw", one, "a circle", "")]
+    some = [Example(*text) for text in texts]
+    batch = vocab.batch(some, codes)
+    assert [sorted(set(row[where].tolist())) for row, where in zip(batch.target - vocab.n_text, batch.patch >= 0)] == [[1], [2, 3, 4], [5]]
+    assert data.pictures_of(some).shape == (5, 32, 32, 3)
+
+
 def test_trimming_cuts_only_columns_without_a_reference(vocab):
     batch = vocab.batch([Example("text", None, "", "a circle"), Example("text", None, "", "a big circle")], CODES.expand(2, -1))
     trimmed = batch.trim()
@@ -495,3 +545,166 @@ def test_clothes_negatives_name_the_other_classes_in_the_same_words(clothes):
 def test_validation_clothes_are_none_of_the_training_ones(clothes):
     assert [len(clothes.splits[s][1]) for s in ("train", "val", "test")] == [20, 20, 20]
     assert not {p.tobytes() for p in clothes.splits["train"][0]} & {p.tobytes() for p in clothes.splits["val"][0]}
+
+
+# ---------------------------------------------------------------- sentences that count, grids and boxes
+
+
+def truth(text, scenes):
+    """Is a sentence of the world true of these scenes? An oracle of its own, from the words alone."""
+    how, number, noun = re.fullmatch(r"there (?:is|are) (exactly |only |at least |)(a|no|one|two|three|[123]) (.*)", text).groups()
+    n = {"a": 1, "no": 0, "one": 1, "two": 2, "three": 3}.get(number) if number.isalpha() else int(number)
+    said = lambda words, o: all(w in (o.color, o.shape, o.size, "shape") for w in words.removeprefix("a ").split())  # noqa: E731
+    kind, _, rest = noun.partition(" with ")
+    if kind in ("picture", "pictures"):
+        first, relation, second = (re.split(rf" ({'|'.join(INVERSE)}) ", rest) + [None] * 2)[:3]
+        fits = lambda x: any(said(first, o) and (not relation or any(  # noqa: E731
+            said(second, p) and DIRECTIONS[relation](o, p) for p in x)) for o in x)
+        found = sum(len(x) == 2 if rest == "two shapes" else fits(x) for x in scenes)
+    else:
+        words = re.sub(r"(circle|square|triangle|shape)s$", r"\1", noun)
+        found = sum(said(words, o) for x in scenes for o in x)
+    return found == n if how in ("exactly ", "only ") or number == "no" else found >= n
+
+
+def test_statements_about_two_or_three_pictures_are_true_or_false_as_they_say_and_name_no_two_kinds():
+    rng, answers, counts = random.Random(0), Counter(), Counter()
+    for i in range(400):
+        e = World().example(rng, "judge", tuple(COUNTS)[i % 4])
+        assert e.answer == ("true" if truth(e.prompt, e.truth) else "false"), e.prompt
+        assert (e.picture == np.stack([data.render(scene) for scene in e.truth])).all() and not named_pairs(e.prompt)
+        answers[e.answer] += 1
+        counts[len(e.truth)] += 1
+    assert abs(answers["true"] - 200) < 50 and set(counts) == {2, 3}
+
+
+def test_the_same_sentence_is_as_often_true_as_false():
+    rng, row = random.Random(0), data.Row("", "{c} square*", lambda o, x, c: o.kind == (c, "square"), True)
+    said = [data.statement(rng, [row], data.WORLD_SLOTS, lambda _: [data.sample_scene(rng)])[:3] for _ in range(800)]
+    assert {text for text, *_ in said if text.startswith("there is no")} == {f"there is no {c} square" for c in COLORS}
+    assert abs(np.mean([label == "true" for text, _, label in said if text.startswith("there is no")]) - 0.5) < 0.15
+    closed = {f"there is a {c} square" for c in COLORS}
+    assert closed & {text for text, *_ in said}
+    again = [data.statement(rng, [row], data.WORLD_SLOTS, lambda _: [data.sample_scene(rng)], closed) for _ in range(300)]
+    assert not closed & {text for text, *_ in again}
+
+
+def test_a_grid_is_drawn_cell_by_cell_and_can_be_read_again():
+    rng = random.Random(0)
+    for _ in range(50):
+        grid = data.sample_grid(rng)
+        picture = data.render_grid(rng, grid)
+        assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
+        for row, column in [(r, c) for r in range(3) for c in range(3)]:
+            cell = picture[10 * row + 1 : 10 * row + 11, 10 * column + 1 : 10 * column + 11].astype(int)
+            if (row, column) not in grid:
+                assert not cell.any()
+                continue
+            color, shape, _ = grid[row, column]
+            assert cell.sum((0, 1)).argmax() == ("red", "green", "blue").index(color)
+            there = cell.max(-1) > 0
+            height, width = (there.any(axis).sum() for axis in (1, 0))
+            found = "triangle" if cell[5:].sum() > 1.3 * cell[:5].sum() else "square" if there.sum() == height * width else "circle"
+            assert found == shape
+
+
+def test_a_question_about_a_grid_is_answered_by_shifting_the_whole_grid():
+    """The oracle: boolean 3x3 arrays, shifted one step at a time, with nothing coming in from outside."""
+    rng, shifts = random.Random(1), {"above": (-1, 0), "below": (1, 0), "left of": (0, -1), "right of": (0, 1)}
+    for _ in range(400):
+        grid, asked = data.sample_grid(rng), rng.choice(list(data.GRID_QUESTIONS))
+        x, *steps, y = re.findall(r"above|below|left of|right of|red|green|blue|circle|square|triangle", asked)
+        seen, there = (np.array([[word in grid.get((r, c), ()) for c in range(3)] for r in range(3)]) for word in (x, y))
+        for step in reversed(steps):
+            (down, right), padded = shifts[step], np.pad(there, 1)
+            there = padded[1 - down : 4 - down, 1 - right : 4 - right]
+        answer, steps = data.grid_answer(grid, asked)
+        assert answer == (bool((seen & there).any()) if seen.any() else None), asked
+        assert not steps or [word[0] == "(" for word in steps.split()] == there.flatten().tolist()
+    assert len(data.GRID_QUESTIONS) == 36 * (1 + 4 + 16)
+
+
+def test_boxes_hold_towers_or_items_that_do_not_overlap():
+    rng = random.Random(0)
+    for kind in ("towers", "items"):
+        for box in (box for _ in range(60) for box in data.sample_boxes(rng, kind)):
+            room = np.zeros((100, 100), int)
+            for o in box:
+                room[o.y : o.y + o.size, o.x : o.x + o.size] += 1
+            assert room.max() == 1 and room.sum() == sum(o.size**2 for o in box)  # inside, and none on another
+            if kind == "towers":
+                assert [o.y for o in box] == [80, 59, 38, 17][: len(box)] and {o.x for o in box} == {40}
+            picture = data.render_box(box)
+            for o in (o for o in box if o.size == 30):
+                middle = picture[(o.y + 15) * 32 // 100, (o.x + 15) * 32 // 100]
+                assert np.abs(middle - np.array(data.NLVR_COLORS[o.color])).max() <= 1
+
+
+@pytest.mark.parametrize("sentence, true", [
+    ("there is exactly one tower with a blue block at the base", True), ("there are two towers with a blue block at the base", False),
+    ("there is a black block over a blue block", True), ("there is a yellow block over a black block", False),
+    ("there are exactly two blue blocks", True), ("there is no yellow tower", False), ("there are 2 towers with 1 blocks", None),
+    ("there is one tower with exactly two blocks with a black block at the top", True), ("there are 3 towers with 2 blocks", False),
+])  # fmt: skip
+def test_sentences_about_towers_mean_what_they_say(sentence, true):
+    block = lambda color, k: data.Item("square", color, 20, 40, 80 - 21 * k)  # noqa: E731
+    boxes = [[block("blue", 0), block("black", 1)], [block("yellow", 0)], [block("black", 0), block("blue", 1), block("yellow", 2)]]
+    holds = data.every_sentence(data.NLVR_ROWS, data.NLVR_SLOTS).get(sentence)
+    assert (holds and holds(boxes)) == true
+
+
+def test_what_is_reported_of_shapes_and_nlvr_is_never_trained_on_and_unknown_words_are_left_out(asked):
+    rng, (shapes, nlvr) = random.Random(0), data.make_sources("shapes,nlvr", asked)
+    assert {e.prompt for e in shapes.splits["train"]} == {"is a circle red", "is a red shape red"}  # val asks the third one
+    assert {e.prompt for e in nlvr.splits["train"]} == {"there is a blue tower"}  # dev says the other
+    assert [e.prompt for e in nlvr.splits["val"]] == ["there is a tower", "there", "there is a tower"]  # "bleu", "are 2 boxes"
+    for source in (shapes, nlvr):
+        seen = Counter(source.example(rng, source.tasks[0], pool).prompt for pool in ("paired", "prompted") for _ in range(500))
+        assert not set(seen) & ({e.prompt for e in shapes.splits["test"] + shapes.splits["val"]} | nlvr.closed)
+        assert set(seen) >= {e.prompt for e in source.splits["train"]}
+        words = {w for text in source.texts(rng, 4000) for w in text.split()}
+        assert words >= {w for text in seen for w in text.split()}
+
+
+def test_half_of_pre_training_has_steps_and_prompts_of_alignment_have_them_where_they_are_the_task(asked):
+    for source in data.make_sources("shapes,nlvr", asked):
+        rng, once = random.Random(0), source.tasks[0]
+        for task, pool, share in ((once, "paired", 0.5), (once, "prompted", 0), ("reason", "paired", 1), ("reason", "prompted", 1)):
+            some = [source.example(rng, task, pool) for _ in range(200)]
+            assert abs(np.mean([e.task == "reason" for e in some]) - share) < 0.12
+            assert all(well_formed(e.answer) if e.task == "reason" else len(e.answer.split()) == 1 for e in some)
+        assert {source.example(rng, "reason", split="test").task for _ in range(9)} == {"reason"}
+
+
+def test_the_steps_about_a_grid_are_its_cells(asked):
+    source, rng = data.Shapes(asked / "shapes"), random.Random(1)
+    for e in (source.example(rng, "reason") for _ in range(100)):
+        cells = e.picture[1:31, 1:31].reshape(3, 10, 3, 10, 3).swapaxes(1, 2).reshape(9, 100, 3).astype(int).sum(1)
+        words = [word.strip("()") for word in e.answer.split()[1:-2]]
+        assert [w.split("-")[0] for w in words] == [("red", "green", "blue")[c.argmax()] if c.any() else "nothing" for c in cells]
+        grid = {(k // 3, k % 3): tuple(w.split("-")) for k, w in enumerate(words) if w != "nothing"}
+        answer, steps = data.grid_answer(grid, e.prompt)
+        assert e.answer == f"<think> {steps} </think> {'yes' if answer else 'no'}"
+
+
+def test_the_steps_about_boxes_are_the_blocks_of_towers_and_what_is_counted_and_lead_to_the_answer(asked):
+    source, rng, seen = data.NLVR(asked / "nlvr"), random.Random(1), Counter()
+    for e in (source.example(rng, "reason") for _ in range(150)):
+        _, *steps, _, answer = e.answer.split()
+        parts = re.findall(r"([a-z ]*)(\d+)", " ".join(steps))
+        found = sum(int(n) for _, n in parts)
+        how, number = re.match(r"there (?:is|are) (exactly |only |at least |)(\w+) ", e.prompt).groups()
+        n = {"a": 1, "no": 0}.get(number, data.NUMBERS.get(number))
+        assert len(parts) == 3 and answer == data.TRUTH[found == n if how in ("exactly ", "only ") or n == 0 else found >= n], e
+        if "tower" in e.prompt or "block" in e.prompt:
+            boxes = [[data.Item("square", c, 20, 40, 80 - 21 * k) for k, c in enumerate(blocks.split())] for blocks, _ in parts]
+            assert (np.stack([data.render_box(box) for box in boxes]) == e.picture).all()
+        seen[bool(parts[0][0].strip())] += 1
+    assert min(seen.values()) > 20
+
+
+def test_boxes_of_real_rows_come_in_every_order(asked):
+    nlvr, rng = data.NLVR(asked / "nlvr"), random.Random(0)
+    (e, *_) = nlvr.splits["train"]
+    orders = {tuple(box[0, 0].argmax() for box in nlvr.shuffled(rng, e).picture) for _ in range(100)}
+    assert len(orders) == 6 and e.picture[0, 0, 0].tolist() == [255, 0, 0]

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import struct
 import tarfile
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import strip, write_nlvr, write_shapes
 from PIL import Image
 
 import data
@@ -36,22 +38,6 @@ def write_fashion(root, pictures, labels, prefix="train"):
     (root / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
 
 
-def write_shapes(root, stored, questions, answers, split="val"):
-    folder = root / "shapes_dataset"
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / f"{split}.input.npy", stored)
-    (folder / f"{split}.query_str.txt").write_text("".join(q + "\n" for q in questions))
-    (folder / f"{split}.output").write_text("".join(a + "\n" for a in answers))
-
-
-def strip(colors, size=(400, 100)):
-    """A picture in NLVR's layout: three boxes of one colour each, with separators between them."""
-    picture = Image.new("RGBA", size, (128, 128, 128, 255))
-    for x, color in zip((0, 150, 300), colors):
-        picture.paste(color, (x, 0, x + 100, 100))
-    return picture
-
-
 RED, GREEN, BLUE = (255, 0, 0, 255), (0, 255, 0, 255), (0, 0, 255, 255)
 ROWS = [
     {"sentence": "a tower", "label": "true", "identifier": "7-0", "directory": "3", "evals": {"r0": "false"}},
@@ -59,20 +45,12 @@ ROWS = [
 ]
 
 
-def write_nlvr(root, rows=ROWS, split="dev", file="dev.json", pictures=((RED, GREEN, BLUE),) * 2, order=0):
-    for row, colors in zip(rows, pictures):
-        path = root / split / "images" / "3" / f"{split}-{row['identifier']}-{order}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        strip(colors).save(path)
-    (root / split / file).write_text("\n".join(map(json.dumps, rows)))  # officially no newline at the end
-
-
 @pytest.fixture
 def tiny(tmp_path):
     """A good data folder: 3 pieces of clothing, 2 SHAPES questions, 2 NLVR rows."""
     write_fashion(tmp_path / "fashion_mnist", np.zeros((3, 28, 28)), np.array([9, 0, 5]))
     write_shapes(tmp_path / "shapes", np.zeros((2, 30, 30, 3), np.uint8), ["is a circle red"] * 2, ["true", "false"])
-    write_nlvr(tmp_path / "nlvr")
+    write_nlvr(tmp_path / "nlvr", ROWS)
     return tmp_path
 
 
@@ -112,7 +90,7 @@ def test_every_shapes_split_is_read_under_its_official_name(tmp_path, split):
 
 
 def test_nlvr_boxes_are_cut_apart_before_they_shrink(tmp_path):
-    write_nlvr(tmp_path, pictures=[(RED, GREEN, BLUE), (BLUE, BLUE, RED)])
+    write_nlvr(tmp_path, ROWS, pictures=[(RED, GREEN, BLUE), (BLUE, BLUE, RED)])
     (first, sentence, label), (second, _, other) = data.load_nlvr(tmp_path, "dev")
     assert first.shape == (3, 32, 32, 3) and first.dtype == np.uint8
     for box, color in zip([*first, *second], [RED, GREEN, BLUE, BLUE, BLUE, RED]):
@@ -139,7 +117,7 @@ def test_nlvr_reads_the_stated_order_of_boxes_and_else_the_first_there_is(tmp_pa
 
 
 def test_nlvr_prefers_the_official_file_to_the_sample(tmp_path):
-    write_nlvr(tmp_path, file="dev.examples.json")
+    write_nlvr(tmp_path, ROWS, file="dev.examples.json")
     write_nlvr(tmp_path, ROWS[:1])
     assert len(data.load_nlvr(tmp_path, "dev")) == 1
 
@@ -502,3 +480,51 @@ def test_real_nlvr_boxes_hold_the_items_of_their_structured_representation():
         row = json.loads(line)
         assert sentence == row["sentence"]
         assert [bool((box != 211).any()) for box in pictures] == [bool(items) for items in row["structured_rep"]]
+
+
+# ---------------------------------------------------------------- what is made in their style, against the real
+
+
+def test_every_official_shapes_question_is_one_that_can_be_made():
+    for split in ("train.tiny", "train.small", "val"):
+        assert set(data.load_shapes(real("shapes"), split)[1]) <= set(data.GRID_QUESTIONS)
+
+
+def test_made_grids_look_like_real_ones():
+    """Share of black, and mean and deviation of what is not, in every channel: real against made."""
+    rng = random.Random(0)
+    real_ones = data.load_shapes(real("shapes"), "val")[0]
+    made = np.stack([data.render_grid(rng, data.sample_grid(rng)) for _ in range(1000)])
+    for numbers in (lambda x: (x.max(-1) < 40).mean(), lambda x: x.mean((0, 1, 2)), lambda x: x[x.max(-1) > 40].std(0)):
+        assert numbers(made) == pytest.approx(numbers(real_ones), rel=0.06)
+
+
+def test_what_a_made_sentence_means_is_what_people_say_of_real_boxes():
+    """On dev, whose boxes are also given as lists of items: of the sentences that can be made, 19 labels in 20 agree."""
+    sentences, right = data.every_sentence(data.NLVR_ROWS, data.NLVR_SLOTS), []
+    for line in (real("nlvr") / "dev" / "dev.json").read_text().strip().split("\n"):
+        row = json.loads(line)
+        if holds := sentences.get(" ".join(row["sentence"].lower().rstrip(". ").split())):
+            boxes = [[data.Item(o["type"], o["color"].lower().replace("#0099ff", "blue"), o["size"], o["x_loc"], o["y_loc"]) for o in box]
+                     for box in row["structured_rep"]]  # fmt: skip
+            right.append(holds([sorted(box, key=lambda o: -o.y) for box in boxes]) == (row["label"] == "true"))
+    assert len(right) > 400 and np.mean(right) > 0.95
+
+
+def test_a_made_box_is_the_real_one_where_the_items_are_the_same():
+    """Drawn from its list of items, a real box differs from the official picture by little more than its rounding."""
+    examples = real_nlvr("dev")
+    rows = (real("nlvr") / "dev" / "dev.json").read_text().strip().split("\n")
+    for (pictures, *_), line in zip(examples[:100], rows):
+        for picture, items in zip(pictures, json.loads(line)["structured_rep"]):
+            items = [data.Item(o["type"], o["color"].lower().replace("#0099ff", "blue"), o["size"], o["x_loc"], o["y_loc"]) for o in items]
+            assert np.abs(data.render_box(items).astype(int) - picture).mean() < 1
+
+
+def test_no_reported_question_or_sentence_is_ever_trained_on():
+    rng = random.Random(0)
+    for source, task in ((data.Shapes(real("shapes")), "ask"), (data.NLVR(real("nlvr")), "judge")):
+        asked = {e.prompt for e in source.splits["test"] + source.splits["val"]}
+        trained = [source.example(rng, task, pool) for pool in ("paired", "prompted") for _ in range(1500)]
+        assert not asked & {e.prompt for e in [*trained, *source.splits["train"]]}
+        assert {e.answer for e in trained} >= {e.answer for e in source.splits["test"]}

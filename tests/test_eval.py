@@ -14,7 +14,23 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
-from data import BOS, COLORS, COUNTS, EOS, PAD, SPECIAL, Example, Object, World, edits, parse_caption, render, sample_scene, true_caption
+from data import (
+    BOS,
+    COLORS,
+    COUNTS,
+    EOS,
+    PAD,
+    SPECIAL,
+    Example,
+    Object,
+    Vocabulary,
+    World,
+    edits,
+    parse_caption,
+    render,
+    sample_scene,
+    true_caption,
+)
 from model import ModelConfig, Transformer, sample
 
 
@@ -145,9 +161,12 @@ def test_the_worlds_judge_scores_drawings_statements_and_captions():
         assert judge.draw(some, np.stack([e.picture for e in some]))[0].all()
 
 
-def test_the_clothes_judge_takes_the_vote_of_neighbours(clothes):
-    judge = evaluation.FashionJudge(clothes, neighbours=2)
-    assert judge.accuracy == 1
+def test_the_clothes_judge_learns_from_real_pictures_and_disturbs_no_other_chance(clothes):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    judge = evaluation.FashionJudge(clothes, steps=150)
+    assert judge.accuracy == 1 and torch.equal(torch.rand(3), expected)
     pictures, labels = clothes.splits["test"]
     examples = [Example("draw", None, "", "a boot", int(label)) for label in labels]
     assert judge.draw(examples, pictures)[0].all() and not judge.draw(examples, pictures[::-1])[0].any()
@@ -319,6 +338,36 @@ def test_a_model_that_answers_from_the_key_is_always_right(evaluator, vocab, cod
     assert not evaluator.answers("caption", 12).all()
 
 
+def test_real_questions_are_reported_whole_beside_the_majority_and_sentence_by_sentence(asked, model, vocab, codebook, monkeypatch):
+    """Every answer is the key's, but for the second of NLVR's rows: what is left is the bookkeeping."""
+    said = {}
+    for source, judge in evaluation.judges({"data": "shapes,nlvr", "data_dir": asked, "jitter": 0, "tasks": "ask,reason"}):
+        e = evaluation.Evaluator(model, vocab, codebook, source, judge)
+        monkeypatch.setattr(e, "outputs", lambda examples, temperature: [
+            "false" if x.truth == "there is a tower." else x.answer for x in examples])
+        found, breakdown, items = evaluation.measure(e, None, 100)
+        said |= {m: (c["value"], c.get("chance"), c["n"]) for group in found.values() for m, c in group.items() if c}
+        if source.name == "shapes":
+            assert said.pop("vqa_val") == said.pop("multihop_val") and said.pop("multihop") == said["vqa"]
+    assert said == {"vqa": (1.0, 0.5, 8), "visual": (0.6667, 0.6667, 3), "visual_val": (1.0, 0.6667, 3), "visual_consistency":
+                    (0.5, 0.5, 2), "multihop": (0.6667, 0.6667, 3), "multihop_val": (1.0, 0.6667, 3)}  # fmt: skip
+
+
+def test_a_data_set_without_drawings_has_a_table_without_a_front(asked, model, vocab, codebook):
+    results = {}
+    for source, judge in evaluation.judges({"data": "shapes,nlvr", "data_dir": asked, "jitter": 0, "tasks": "reason"}):
+        vocab = Vocabulary.train(source.texts(random.Random(0), 2000), vocab.n_codes, vocab.n_patches)
+        model = Transformer(ModelConfig(vocab.size, codebook.side, 32, 1, 2))
+        results[source.name] = evaluation.evaluate({"base": model, "aligned": model}, vocab, codebook, source, judge, None, 3)
+    text = evaluation.tables({"sources": results, "meta": {"data": "shapes,nlvr"}})
+    found = re.findall("^(\\w+)(?: |$)", text, re.M)
+    assert found == ["shapes", "vqa", "vqa_val", "multihop", "multihop_val", "in",
+                     "nlvr", "visual", "visual_val", "visual_consistency", "multihop", "multihop_val", "in"]  # fmt: skip
+    assert evaluation.tables(results["shapes"] | {"meta": {"data": "shapes"}}) == evaluation.table(results["shapes"])
+    cells = {m: c for group in results["nlvr"]["aligned"].values() for m, c in group.items()}
+    assert cells["visual"]["n"] == 3 and cells["compose"] is cells["text_nll"] is None and results["nlvr"]["sweep"]["base"] == []
+
+
 def test_a_front_has_a_row_for_each_temperature(evaluator):
     rows = evaluator.front(("paired",), (0.1, 1.0), prompts=2, group=2)
     assert [row["temperature"] for row in rows] == [0.1, 1.0] and all(0 <= row["compose"] <= 1 for row in rows)
@@ -433,6 +482,18 @@ def test_runs_are_compared_method_by_method_and_seed_by_seed(smoke, tmp_path, co
     base, aligned = (result[name]["language"]["text_nll"]["value"] for name in ("base", "aligned"))
     nll = next(re.split("  +", line) for line in lines if line.startswith("text_nll"))[1:]
     assert nll == [f"{aligned:.3f}", f"{aligned:.3f}", f"{base:.3f} ± 0.000", "-", f"{aligned - base:.3f}"]  # "-": no seed in common
+
+
+def test_runs_on_several_data_sets_are_compared_on_each(smoke, tmp_path, command):
+    folders = []
+    for folder in copies(smoke, tmp_path, 0.5):
+        result = json.loads((folder / "eval.json").read_text())
+        asked = json.loads(json.dumps(result)) | {"sweep": {"base": [], "aligned": []}, "best_temperature": {}}
+        (folder / "eval.json").write_text(json.dumps(result | {"sources": {"synthetic": result, "shapes": asked}}))
+        folders.append(folder)
+    parts = command("eval.py", "--compare", *folders).out.split("\n\n")
+    assert [part.splitlines()[0] for part in parts] == ["synthetic", "shapes"] and all("\nvqa " in part for part in parts)
+    assert "@ best T" in parts[0] and "@" not in parts[1]
 
 
 def test_runs_without_any_diversity_are_compared_as_well(smoke, tmp_path, command):

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import example
 
 import grpo
-from data import IMAGE, SPECIAL, World
+from data import IMAGE, SPECIAL, TEMPLATES, World, pictures_of
 from grpo import combine_rewards, group_advantages, grpo_loss, kl_k3, pairwise_advantages, reduce_tokens, rollout, rollout_loss
 from kernels import fused_linear_grpo_loss
 from model import ModelConfig, Transformer, completion_mask
@@ -387,9 +388,9 @@ def rolled(vocab, codebook):
 
     def make(task, temperature=0.8):
         policy, reference = lively_model(vocab, codebook, 0), lively_model(vocab, codebook, 1)
-        rng, world = random.Random(0), World()
-        examples = [world.example(rng, task) for _ in range(3)]
-        batch = vocab.batch(examples, codebook.encode(np.stack([e.picture for e in examples])))
+        rng = random.Random(0)
+        examples = [example(rng, task) for _ in range(3)]
+        batch = vocab.batch(examples, codebook.encode(pictures_of(examples)))
         seen = {}
 
         def reward(repeated, tokens):
@@ -430,10 +431,12 @@ def plain_logprobs(model, batch, tokens, temperature):
     return logits.masked_fill((ids < batch.lo[:, 1:, None]) | (ids >= batch.hi[:, 1:, None]), -1e9).log_softmax(-1)
 
 
-@pytest.mark.parametrize("task", ["draw", "caption", "ask", "reason"])
+@pytest.mark.parametrize("task", TEMPLATES)
 def test_a_rollout_keeps_the_log_probs_it_was_sampled_with_and_those_of_the_base(rolled, task):
     policy, reference, r, batch, tokens = rolled(task)
-    loss, metrics = rollout_loss(policy, reference, r, fused_linear_grpo_loss, temperature=0.8)
+    _, metrics = rollout_loss(policy, reference, r, fused_linear_grpo_loss, temperature=0.8)
+    batch = batch.pack(tokens)
+    tokens = batch.target
     chosen = completion_mask(batch, tokens)[:, 1:]
     assert (r.tail[r.mask] == tokens[:, 1:][chosen]).all() and r.mask.sum() == chosen.sum()
     every, ref = (plain_logprobs(m, batch, tokens, 0.8) for m in (policy, reference))

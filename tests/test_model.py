@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import example
 
-from data import EOS, IMAGE, PAD, Batch, World, render, sample_scene
+from data import EOS, IMAGE, PAD, TEMPLATES, Batch, pictures_of, render, sample_scene
 from model import (
     Codebook,
     ModelConfig,
@@ -24,7 +25,7 @@ from model import (
     tails,
 )
 
-TASKS = World.tasks
+TASKS = tuple(TEMPLATES)
 
 
 def lively(vocab, codebook, width=32, layers=2, heads=4, seed=0):
@@ -42,13 +43,13 @@ def model(vocab, codebook):
 
 
 def examples(tasks=TASKS, n=3, seed=0):
-    rng, world = random.Random(seed), World()
-    return [world.example(rng, task) for _ in range(n) for task in tasks]
+    rng = random.Random(seed)
+    return [example(rng, task) for _ in range(n) for task in tasks]
 
 
 def batch_of(vocab, codebook, *args, **kwargs):
     some = examples(*args, **kwargs)
-    return vocab.batch(some, codebook.encode(np.stack([e.picture for e in some])))
+    return vocab.batch(some, codebook.encode(pictures_of(some)))
 
 
 # ---------------------------------------------------------------- where to run
@@ -210,7 +211,8 @@ def test_the_head_is_the_embedding(model):
 
 
 def plainly_sampled(model, batch, vocab, generator, temperature, guidance):
-    """The oracle: no cache and nothing shared; for every token the whole sequence is read again."""
+    """The oracle: no cache and nothing shared; for every token the whole sequence is read again, without the places that an
+    ended text left unused."""
     (n, length), rows = batch.tokens.shape, torch.arange(len(batch.tokens))
     views = [batch.tokens.clone()]
     if guidance:
@@ -221,7 +223,10 @@ def plainly_sampled(model, batch, vocab, generator, temperature, guidance):
         inside, at = at < length, at.clamp(max=length - 1)
         if not inside.any() or not any((view < 0).any() for view in views):
             break
-        logits = [(model(view.clamp(min=0), batch.patch) @ model.head.T)[rows, at - 1] for view in views]
+        used = ~((batch.tokens < 0) & (views[0] == PAD))
+        look = used[:, None, None] & torch.ones(length, length, dtype=torch.bool).tril()
+        states = [model(view.clamp(min=0), batch.patch, used.cumsum(1) - 1, mask=look) for view in views]
+        logits = [(h @ model.head.T)[rows, at - 1] for h in states]
         logits = logits[0] if not guidance else (1 + guidance) * logits[0] - guidance * logits[1]
         ids = torch.arange(vocab.size)
         lo, hi = (torch.where(inside, x[rows, at], e)[:, None] for x, e in ((batch.lo, 0), (batch.hi, vocab.size)))
@@ -260,16 +265,17 @@ def test_candidates_that_share_a_prompt_are_those_of_repeated_prompts(model, voc
 def test_states_and_gradients_after_a_shared_prompt_are_those_of_whole_sequences(vocab, codebook, tasks):
     """In float64: the candidates' tails on top of prompts that are read once, against every sequence read from its start."""
     model, batch, group = lively(vocab, codebook).double(), batch_of(vocab, codebook, tasks, n=2), 3
-    tokens, repeated = sample(model, batch, vocab, torch.Generator().manual_seed(0), group=group), batch.repeat(group)
-    start, length = first_choices(repeated)
-    mask = tails(completion_mask(repeated, tokens), start, length, False)
-    tail, patch = tails(tokens, start, length), tails(repeated.patch, start, length, -1)
+    tokens = sample(model, batch, vocab, torch.Generator().manual_seed(0), group=group)
+    filled = batch.repeat(group).pack(tokens)
+    tokens, (start, length) = filled.target, first_choices(filled)
+    mask = tails(filled.mask, start, length, False)
+    tail, patch = tails(tokens, start, length), tails(filled.patch, start, length, -1)
     weight = torch.randn(int(mask.sum()), 32, dtype=torch.float64)
     found = []
     for whole in (False, True):
         model.zero_grad()
         if whole:
-            states = F.pad(model(tokens, repeated.patch), (0, 0, 0, length))
+            states = F.pad(model(tokens, filled.patch), (0, 0, 0, length))
             states = states[torch.arange(len(tokens))[:, None], start[:, None] - 1 + torch.arange(length)]
         else:
             states = completion_states(model, batch, tail, patch)
@@ -290,10 +296,11 @@ def test_given_tokens_stay_and_chosen_ones_lie_in_their_range(model, vocab, code
     batch = batch_of(vocab, codebook, n=10)
     tokens = sample(model, batch, vocab, torch.Generator().manual_seed(0), temperature=2.0)
     given, chosen = batch.tokens >= 0, completion_mask(batch, tokens)
+    drawn = sum(TEMPLATES[task].count("picture?") for task in TASKS)
     assert (tokens[given] == batch.tokens[given]).all() and not (chosen & given).any()
     assert (tokens[chosen] >= batch.lo[chosen]).all() and (tokens[chosen] < batch.hi[chosen]).all()
     codes, words = tokens[chosen & (batch.patch >= 0)], tokens[chosen & (batch.patch < 0)]
-    assert len(codes) == 10 * 16 and codes.min() >= vocab.n_text and words.max() < vocab.n_text and words.unique().numel() > 20
+    assert len(codes) == 10 * 16 * drawn and codes.min() >= vocab.n_text and words.max() < vocab.n_text and words.unique().numel() > 20
 
 
 def test_a_range_narrower_than_the_vocabulary_is_kept(model, vocab, codebook):
@@ -328,6 +335,18 @@ def test_given_tokens_after_an_ended_text_let_the_next_one_start(model, vocab):
     assert filled[2:6] == [EOS, PAD, PAD, IMAGE] and {*filled[6:]} <= {20, 21}
 
 
+def test_the_picture_after_a_plan_does_not_depend_on_how_much_room_the_plan_left_unused(model, vocab, codebook):
+    """The same plan in a span of 20 places and in one that it just fills: the same distribution of every code."""
+    e = example(random.Random(0), "plan")
+    batch = vocab.batch([e], codebook.encode(e.pictures))
+    words = int((batch.mask & (batch.patch < 0)).sum())
+    lo, hi = (torch.where(batch.patch < 0, word, ids) for word, ids in ((batch.target, batch.lo), (batch.target + 1, batch.hi)))
+    forced = batch._replace(lo=lo, hi=hi)
+    keep = (batch.tokens[0] >= 0) | batch.mask[0]
+    roomy, tight = (sample(model, b, vocab, temperature=0)[0] for b in (forced, Batch(*(x[:, keep] for x in forced))))
+    assert len(roomy) - len(tight) == 20 - words > 5 and torch.equal(roomy[keep], tight) and (roomy[~keep] == PAD).all()
+
+
 def allowed_logprobs(model, batch, tokens, temperature=1.0):
     """Log-probs of every id at every position from one uncached pass, by the definition (M5): (N, L-1, V)."""
     logits = model(tokens[:, :-1], batch.patch[:, :-1]) @ model.embed.weight.T / temperature
@@ -337,9 +356,9 @@ def allowed_logprobs(model, batch, tokens, temperature=1.0):
 
 def test_temperature_zero_takes_the_most_likely_allowed_token(model, vocab, codebook):
     batch = batch_of(vocab, codebook, n=4)
-    tokens = sample(model, batch, vocab, temperature=0)
-    mask = completion_mask(batch, tokens)[:, 1:]
-    assert (tokens[:, 1:][mask] == allowed_logprobs(model, batch, tokens)[mask].argmax(-1)).all()
+    filled = batch.pack(sample(model, batch, vocab, temperature=0))
+    tokens, mask = filled.target, filled.mask[:, 1:]
+    assert (tokens[:, 1:][mask] == allowed_logprobs(model, filled, tokens)[mask].argmax(-1)).all()
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.7])

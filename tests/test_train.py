@@ -746,3 +746,38 @@ def test_the_gpu_preset_takes_a_step_of_every_stage(tmp_path, handlers):
     assert all(math.isfinite(float(r["loss"])) and r["skipped"] == "0" for r in rows(folder))
     weights = load_file(str(folder / "aligned.safetensors"))
     assert sum(w.numel() for w in weights.values()) > 1e7 and weights["row.weight"].shape == (8, 384)
+
+
+# ---------------------------------------------------------------- real data
+
+
+def run_on(asked, out, data, **changes):
+    """A whole run of a few steps on the tiny files."""
+    few = dict(pretrain_steps=2, clip_steps=5, grpo_steps=1, group_size=2, prompts=2, epochs=1, eval_items=6, eval_prompts=2, codes=64)
+    folder = train.main(make_config(**TINY, **few | changes, data=data, data_dir=str(asked), out=str(out)))
+    return folder, json.loads((folder / "eval.json").read_text())
+
+
+def test_data_sets_without_captions_train_align_and_are_measured_without_a_clip(asked, tmp_path, handlers, capsys):
+    folder, found = run_on(asked, tmp_path / "run", "shapes,nlvr")
+    assert "clip: nothing to learn" in capsys.readouterr().out and not list(folder.glob("clip*"))
+    assert list(found["sources"]) == ["shapes", "nlvr"] and found["aligned"]["understanding"]["vqa"]["n"] == 6
+    visual = found["sources"]["nlvr"]["aligned"]["reasoning"]["visual"]
+    assert visual["n"] == 3 and visual["chance"] == 0.6667 and found["sources"]["nlvr"]["aligned"]["generation"]["compose"] is None
+    (step,) = [r for r in rows(folder) if r["stage"] == "grpo"]
+    assert {k for k in step if re.fullmatch("reward_[a-z]+", k)} == {"reward_ask", "reward_judge", "reward_reason"}
+    assert 0 <= float(step["val_right"]) <= 1
+    after = train.main(make_config(**TINY, data="shapes,nlvr", data_dir=str(asked), codes=64, method="unified", base=str(folder),
+                                   extra_steps=1, eval_items=6, eval_prompts=2, out=str(tmp_path / "more")))  # fmt: skip
+    assert json.loads((after / "eval.json").read_text())["sources"]["shapes"]["base"] == found["sources"]["shapes"]["base"]
+
+
+@pytest.mark.slow
+def test_one_model_learns_all_data_sets(asked, clothes, tmp_path, handlers):
+    folder, found = run_on(asked, tmp_path / "run", "synthetic,fashion_mnist,shapes,nlvr", tasks="draw,caption,ask,judge", reward="mix",
+                           preference_steps=2, method="lvrpo")  # fmt: skip
+    cells = {name: {m for group in part["aligned"].values() for m, c in group.items() if c} for name, part in found["sources"].items()}
+    assert cells["synthetic"] >= {"compose", "vqa", "visual", "visual_three", "caption"} and "visual_val" not in cells["synthetic"]
+    assert cells["fashion_mnist"] >= {"compose", "vqa", "caption"} and "visual" not in cells["fashion_mnist"]
+    assert cells["shapes"] == {"vqa", "vqa_val"} and cells["nlvr"] == {"visual", "visual_val", "visual_consistency"}  # no reason: no steps
+    assert (folder / "samples" / "before_after.png").is_file()
