@@ -925,12 +925,12 @@ def render_grid(rng, grid):
 
 
 def grid_answer(grid, question):
-    """(answer, steps): is it so, and the nine cells, row by row, in brackets where the question's steps lead; (None, None) where
-    no X is in the grid: such a question is not asked.
+    """(answer, steps): is it so, and the nine cells, row by row, then three rows of where the question's steps lead, x or o;
+    (None, None) where no X is in the grid: such a question is not asked.
 
     >>> grid = {(0, 0): ("red", "circle", 5), (1, 1): ("blue", "square", 5)}
     >>> grid_answer(grid, "is a circle above left of a square")
-    (True, '(red-circle) nothing nothing nothing blue-square nothing nothing nothing nothing')
+    (True, 'red-circle nothing nothing nothing blue-square nothing nothing nothing nothing xoo ooo ooo')
     >>> grid_answer(grid, "is a square above a square")[0]
     False
     """
@@ -938,9 +938,9 @@ def grid_answer(grid, question):
     seen, there = ({cell for cell, o in grid.items() if word in o} for word in (x, y))
     for down, right in (STEPS[s] for s in reversed(steps)):
         there = {(r + down, c + right) for r, c in there if 0 <= r + down < 3 and 0 <= c + right < 3}
-    words = {cell: "-".join(grid[cell][:2]) if cell in grid else "nothing" for cell in itertools.product(range(3), range(3))}
-    thought = " ".join(f"({word})" if cell in there else word for cell, word in words.items())
-    return (bool(seen & there), thought) if seen else (None, None)
+    cells = ["-".join(grid[cell][:2]) if cell in grid else "nothing" for cell in itertools.product(range(3), range(3))]
+    marks = ["".join("ox"[(r, c) in there] for c in range(3)) for r in range(3)]
+    return (bool(seen & there), " ".join(cells + marks)) if seen else (None, None)
 
 
 class Item(NamedTuple):
