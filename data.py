@@ -502,8 +502,8 @@ def pictures_of(examples):
 class World:
     """The synthetic world as a source of examples. All randomness comes from the random.Random that is handed in."""
 
-    name = "synthetic"
-    tasks = ("draw", "caption", "ask", "reason", "text", "story", "tell", "hops", "steps", "plan")
+    name, tasks = "synthetic", ("draw", "caption", "ask", "reason", "text")
+    further = ("hops", "steps", "story", "tell", "plan")  # tasks that it knows as well
 
     def __init__(self, jitter=0):
         self.jitter = jitter
@@ -526,8 +526,10 @@ class World:
         if task == "reason":
             asked, steps, answer = multihop_question(rng, scene)
             return Example(task, picture, asked, f"<think> {steps} </think> {answer}", scene)
-        caption = true_caption(rng, scene)
-        text = (noisy_caption(rng, caption, pool, noise) if noise else caption).text()
+        caption = said = true_caption(rng, scene)
+        while noise and (said is caption or task == "plan" and not in_pool(pool, [*said.kinds, *(o.kind for o in scene)])):
+            said = noisy_caption(rng, caption, pool, noise)
+        text = said.text()
         prompt, answer = {"draw": (text, ""), "plan": (text, described(scene).text())}.get(task, ("", text))
         return Example(task, picture, prompt, answer, (scene, caption))
 
@@ -544,7 +546,8 @@ class World:
 
     def texts(self, rng, n):
         """n texts that hold every word of the world: what the tokenizer is trained on."""
-        tasks = self.tasks + self.tasks[-1:] * (len(self.tasks) % 2 == 0)  # an odd number of them: each meets both pools
+        tasks = tuple(dict.fromkeys(World.tasks + self.tasks))
+        tasks += tasks[-1:] * (len(tasks) % 2 == 0)  # an odd number of them: each meets both pools
         for i in range(n):
             e = self.example(rng, tasks[i % len(tasks)], "three" if i % 2 else "paired")
             yield f"{e.prompt} {e.answer}"
@@ -852,7 +855,8 @@ def make_sources(names, data_dir, jitter=0, fetch_missing=False, tasks=None):
         if name != "synthetic" and fetch_missing:
             download(name, data_dir)
         source = World(jitter) if name == "synthetic" else SOURCES[name](Path(data_dir) / name)
-        source.tasks = tuple(t for t in source.tasks if tasks is None or t in tasks) or source.tasks
+        known = (*source.tasks, *getattr(source, "further", ()))
+        source.tasks = tuple(t for t in known if t in (tasks or source.tasks)) or source.tasks
         made.append(source)
     return made
 
