@@ -597,8 +597,8 @@ def pictures_of(examples):
 class World:
     """The synthetic world as a source of examples. All randomness comes from the random.Random that is handed in."""
 
-    name = "synthetic"
-    tasks = ("draw", "caption", "ask", "reason", "text", "story", "tell", "hops", "steps", "plan", "judge")
+    name, tasks = "synthetic", ("draw", "caption", "ask", "reason", "text")
+    further = ("hops", "steps", "story", "tell", "plan", "judge")  # tasks that it knows as well
 
     def __init__(self, jitter=0):
         self.jitter = jitter
@@ -627,8 +627,10 @@ class World:
         if task == "reason":
             asked, steps, answer = multihop_question(rng, scene)
             return Example(task, picture, asked, f"<think> {steps} </think> {answer}", scene)
-        caption = true_caption(rng, scene)
-        text = (noisy_caption(rng, caption, pool, noise) if noise else caption).text()
+        caption = said = true_caption(rng, scene)
+        while noise and (said is caption or task == "plan" and not in_pool(pool, [*said.kinds, *(o.kind for o in scene)])):
+            said = noisy_caption(rng, caption, pool, noise)
+        text = said.text()
         prompt, answer = {"draw": (text, ""), "plan": (text, described(scene).text())}.get(task, ("", text))
         return Example(task, picture, prompt, answer, (scene, caption))
 
@@ -645,7 +647,8 @@ class World:
 
     def texts(self, rng, n):
         """n texts that hold every word of the world: what the tokenizer is trained on."""
-        tasks = self.tasks + self.tasks[-1:] * (len(self.tasks) % 2 == 0)  # an odd number of them: each meets both pools
+        tasks = tuple(dict.fromkeys(World.tasks + self.tasks))
+        tasks += tasks[-1:] * (len(tasks) % 2 == 0)  # an odd number of them: each meets both pools
         for i in range(n):
             e = self.example(rng, tasks[i % len(tasks)], "three" if i % 2 else "paired", NOISE if i % 2 else None)
             yield f"{e.prompt} {e.answer}"
@@ -936,12 +939,12 @@ def render_grid(rng, grid):
 
 
 def grid_answer(grid, question):
-    """(answer, steps): is it so, and the nine cells, row by row, in brackets where the question's steps lead; (None, None) where
-    no X is in the grid: such a question is not asked.
+    """(answer, steps): is it so, and the nine cells, row by row, then three rows of where the question's steps lead, x or o;
+    (None, None) where no X is in the grid: such a question is not asked.
 
     >>> grid = {(0, 0): ("red", "circle", 5), (1, 1): ("blue", "square", 5)}
     >>> grid_answer(grid, "is a circle above left of a square")
-    (True, '(red-circle) nothing nothing nothing blue-square nothing nothing nothing nothing')
+    (True, 'red-circle nothing nothing nothing blue-square nothing nothing nothing nothing xoo ooo ooo')
     >>> grid_answer(grid, "is a square above a square")[0]
     False
     """
@@ -949,9 +952,9 @@ def grid_answer(grid, question):
     seen, there = ({cell for cell, o in grid.items() if word in o} for word in (x, y))
     for down, right in (STEPS[s] for s in reversed(steps)):
         there = {(r + down, c + right) for r, c in there if 0 <= r + down < 3 and 0 <= c + right < 3}
-    words = {cell: "-".join(grid[cell][:2]) if cell in grid else "nothing" for cell in itertools.product(range(3), range(3))}
-    thought = " ".join(f"({word})" if cell in there else word for cell, word in words.items())
-    return (bool(seen & there), thought) if seen else (None, None)
+    cells = ["-".join(grid[cell][:2]) if cell in grid else "nothing" for cell in itertools.product(range(3), range(3))]
+    marks = ["".join("ox"[(r, c) in there] for c in range(3)) for r in range(3)]
+    return (bool(seen & there), " ".join(cells + marks)) if seen else (None, None)
 
 
 class Item(NamedTuple):
@@ -1184,9 +1187,9 @@ SOURCES = {"synthetic": World, "fashion_mnist": FashionMNIST, "shapes": Shapes, 
 
 
 def tasks_of(source, names=None):
-    """Those of a source's tasks that are named, and in any case what SHAPES and NLVR ask; all where none is named."""
-    always = source.tasks[:1] if source.name in ("shapes", "nlvr") else ()
-    return tuple(t for t in source.tasks if names is None or t in names or t in always) or source.tasks
+    """Those named of the tasks that a source knows, and in any case what SHAPES and NLVR ask; its own where it knows none."""
+    known, always = (*source.tasks, *getattr(source, "further", ())), source.tasks[:1] if source.name in ("shapes", "nlvr") else ()
+    return tuple(t for t in known if t in (names or source.tasks) or t in always) or source.tasks
 
 
 def make_sources(names, data_dir, jitter=0, fetch_missing=False, tasks=None):

@@ -20,7 +20,7 @@ import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import data  # noqa: E402
-from data import KINDS, Example, FashionMNIST, Object, Vocabulary, World, pictures_of, render  # noqa: E402
+from data import KINDS, TEMPLATES, FashionMNIST, Object, Vocabulary, make_sources, render  # noqa: E402
 from model import Codebook  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,14 +30,12 @@ hypothesis.settings.register_profile("repository", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repository")
 
 
+(WORLD,) = make_sources("synthetic", "", tasks=TEMPLATES)  # with all its tasks
+
+
 def example(rng, task):
-    """One example of any template: of the tasks with several pictures or spans one is put together from captions."""
-    if task in ("draw", "caption", "ask", "reason", "text"):
-        return World().example(rng, task)
-    shown = [World().example(rng, "caption") for _ in range({"plan": 1, "judge": rng.choice((2, 3))}.get(task, 3))]
-    text, pictures = " . ".join(e.answer for e in shown), pictures_of(shown)
-    return {"story": Example(task, pictures, text, ""), "tell": Example(task, pictures, "", text),
-            "judge": Example(task, pictures, shown[0].answer, "yes"), "plan": Example(task, pictures[0], text, text)}[task]  # fmt: skip
+    """One example of any template."""
+    return WORLD.example(rng, task)
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +47,7 @@ def codebook():
 
 @pytest.fixture(scope="session")
 def vocab(codebook):
-    return Vocabulary.train(World().texts(random.Random(0), 3000), len(codebook.entries), codebook.side**2)
+    return Vocabulary.train(WORLD.texts(random.Random(0), 3000), len(codebook.entries), codebook.side**2)
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,31 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import WORLD
 from hypothesis import given
 from hypothesis import strategies as st
 
 import data
-from data import COLORS, COUNTS, EOS, INVERSE, KINDS, MAX_TEXT, NOISE, PAD, SHAPES, SIZES, SPECIAL, Caption, Example, Mention, Object, World
+from data import (
+    COLORS,
+    COUNTS,
+    EOS,
+    INVERSE,
+    KINDS,
+    MAX_TEXT,
+    NOISE,
+    PAD,
+    SHAPES,
+    SIZES,
+    SPECIAL,
+    TEMPLATES,
+    Caption,
+    Example,
+    Mention,
+    Object,
+    World,
+    parse_caption,
+)
 from eval import holds
 from reward import well_formed
 
@@ -61,11 +81,9 @@ def test_every_object_stays_inside_its_own_cell():
 
 
 def test_the_same_generator_gives_the_same_examples_and_another_gives_others():
-    world = World(jitter=1)
-
     def some(seed):
         rng = random.Random(seed)
-        return [world.example(rng, task, pool, NOISE) for task in world.tasks for pool in ("paired", "three") for _ in range(3)]
+        return [WORLD.example(rng, task, pool, NOISE) for task in WORLD.tasks for pool in ("paired", "three") for _ in range(3)]
 
     first, again, other = some(5), some(5), some(6)
     for a, b in zip(first, again):
@@ -104,9 +122,9 @@ def test_pools_hold_the_object_counts_and_pairs_of_the_table():
 
 @pytest.mark.parametrize("pool", ["paired", "prompted", "three"])
 def test_no_text_outside_the_heldout_pool_names_a_heldout_pair(pool):
-    world, rng, named = World(), random.Random(1), set()
-    for i in range(2500):
-        e = world.example(rng, world.tasks[i % 5], pool, NOISE)
+    world, rng, named = WORLD, random.Random(1), set()
+    for i in range(4000):
+        e = world.example(rng, world.tasks[i % len(world.tasks)], pool, NOISE)
         pairs = named_pairs(f"{e.prompt} {e.answer}")
         if pool == "paired" and e.task != "text":  # plain text may tell of three objects
             assert not pairs & data.PROMPT_PAIRS, e
@@ -303,14 +321,139 @@ def test_two_hop_questions_have_one_answer_and_steps_that_lead_to_it():
     assert len(asked_for) == 12
 
 
+def looked_up(question, scene):
+    """The answer to a question of one to three hops, worked out from its words alone."""
+    what, rest = re.fullmatch(r"(where|what \w+) is the (.*) \?", question).groups()
+    *hops, kind = re.split(r" the (?=(?:thing|shape|red|green|blue|yellow)\b)", rest)
+    (o,) = [o for o in scene if f"{o.color} {o.shape}" == kind]
+    for hop in reversed(hops):
+        _, relation = hop.split(" ", 1)
+        like = re.fullmatch(r"of the same (\w+) as", relation)
+        (o,) = [p for p in scene if p is not o and (getattr(p, like[1]) == getattr(o, like[1]) if like else DIRECTIONS[relation](p, o))]
+    return f"{data.ROWS[o.row]}-{data.COLUMNS[o.column]}" if what == "where" else getattr(o, what.split()[1])
+
+
+@pytest.mark.parametrize("hops, pool", [(1, "paired"), (2, "paired"), (2, "three"), (3, "three"), (3, "heldout")])
+def test_questions_of_one_to_three_hops_have_one_answer_and_steps_that_end_where_it_is(hops, pool):
+    rng, asked = random.Random(0), []
+    for _, scene in scenes(300, (pool,)):
+        if found := data.hop_question(rng, scene, hops):
+            question, steps, answer = found
+            assert answer == looked_up(question, scene)
+            parts = steps.split(" . ")
+            assert len(parts) == hops and set(answer.split("-")) <= set(parts[-1].split())  # it can be read off the last step
+            asked.append(question.split()[1])
+    assert len(asked) > 80 and set(asked) == ({"size", "is"} if hops == 1 else {"size", "color", "shape"})
+
+
+def test_neither_of_the_two_objects_in_question_can_be_guessed_without_the_second_hop_of_three():
+    """The other object like the neighbour is the one that is named about as often as the one that is not."""
+    rng, back = random.Random(0), []
+    while len(back) < 600:
+        found = data.hop_question(rng, data.sample_scene(rng, "three"), 3)
+        if found:
+            first, _, last = (part.split(" : ") for part in found[1].split(" . "))
+            back.append(last[1].endswith(first[0]))
+    assert 0.35 < np.mean(back) < 0.65
+
+
+def test_steps_of_three_hops_are_never_shown_and_those_of_fewer_always_are():
+    rng, hops = random.Random(0), Counter()
+    for i in range(400):
+        pool = tuple(COUNTS)[i % 4]
+        direct, e = (WORLD.example(rng, task, pool) for task in ("hops", "steps"))
+        scene, n, steps = e.truth
+        thought = f"<think> {steps} </think>" if n < 3 else "<think> </think>"
+        assert e.answer == f"{thought} {looked_up(e.prompt, scene)}"
+        assert direct.answer == looked_up(direct.prompt, direct.truth[0])
+        assert (n == 3) == (pool in ("three", "heldout"))
+        hops[n] += 1
+    assert set(hops) == {1, 2, 3}
+
+
+# ---------------------------------------------------------------- stories
+
+
+def retold(text):
+    """What a story's sentences say of each frame, from the words alone: a list of three sorted lists of (color, shape, size, cell)."""
+    first, *events = text.split(" . ")
+    known, frames = {(m.color, m.shape): [m.size, m.cell] for m in parse_caption(first).mentions}, []
+    for event in [None, *events]:
+        if event and (m := re.fullmatch(r"a(?: (small|big))? (\w+) (\w+) appears at the (\w+) (\w+)", event)):
+            assert (m[2], m[3]) not in known
+            known[m[2], m[3]] = [m[1], (data.ROWS.index(m[4]), data.COLUMNS.index(m[5]))]
+        elif event:
+            color, shape, verb, rest = re.fullmatch(r"the (\w+) (\w+) (disappears|moves to|becomes)(.*)", event).groups()
+            size, cell = known.pop((color, shape))  # it was there
+            if verb == "moves to":
+                row, column = rest.split()[1:]
+                cell = (data.ROWS.index(row), data.COLUMNS.index(column))
+            color, size = (rest.strip(), size) if rest.strip() in COLORS else (color, rest.strip() if verb == "becomes" else size)
+            if verb != "disappears":
+                known[color, shape] = [size, cell]
+        frames.append(sorted((*kind, *said) for kind, said in known.items()) if None not in known else None)
+    return frames
+
+
+def told_of(pool, n=300, **how):
+    rng = random.Random(0)
+    return [data.sample_story(rng, pool, **how) for _ in range(n)]
+
+
+@pytest.mark.parametrize("pool", COUNTS)
+def test_what_each_frame_must_show_follows_from_the_words_of_its_story_and_is_true(pool):
+    verbs = Counter()
+    for story in told_of(pool):
+        captions = [sorted((m.color, m.shape, m.size, m.cell) for m in c.mentions) for c in story.captions]
+        assert retold(" . ".join(story.told)) == captions
+        assert all(holds(scene, caption) for scene, caption in zip(story.scenes, story.captions))
+        assert all(m.cell and m.color and m.shape for c in story.captions for m in c.mentions)
+        verbs.update(re.findall(r"appears|disappears|moves|becomes (?:small|big)|becomes", " ".join(story.told)))
+    assert set(verbs) == {"appears", "disappears", "moves", "becomes", "becomes small", "becomes big"}
+
+
+@pytest.mark.parametrize("pool", COUNTS)
+def test_one_object_changes_from_frame_to_frame_and_no_other(pool):
+    for story in told_of(pool):
+        assert len(story.scenes) == 3 and all(o.kind for scene in story.scenes for o in scene)
+        for a, b in zip(story.scenes, story.scenes[1:]):
+            gone, new = [o for o in a if o not in b], [o for o in b if o not in a]
+            assert len(gone) <= 1 and len(new) <= 1 and gone + new
+            assert len({o.kind for o in b}) == len({(o.row, o.column) for o in b}) == len(b)
+            if gone and new:
+                fields = [f for f, x, y in zip(Object._fields, gone[0], new[0]) if x != y]
+                assert fields in (["color"], ["size"]) or set(fields) <= {"row", "column"}
+
+
+def test_frames_have_the_objects_of_their_pool():
+    for pool in COUNTS:
+        most = {max(map(len, story.scenes)) for story in told_of(pool)}
+        assert most <= {1, 2} if pool in ("paired", "prompted") else most == {3}
+
+
+def test_a_told_story_is_the_one_that_the_frames_show_with_every_size():
+    assert all(m.size for story in told_of("three", chance=1.0) for c in story.captions for m in c.mentions)
+    share = np.mean([m.size is not None for story in told_of("paired") for m in story.captions[0].mentions])
+    assert 0.4 < share < 0.6
+
+
+def test_noise_tells_some_events_wrongly_and_never_leaves_the_frames_of_the_pool():
+    clean, noisy = told_of("paired", 2000), told_of("paired", 2000, noise=dict.fromkeys(NOISE, 0.0) | {"wrong": 0.15})
+    wrong = [np.mean([not all(holds(s, c) for s, c in zip(story.scenes, story.captions)) for story in some]) for some in (clean, noisy)]
+    assert wrong[0] == 0 and 0.1 < wrong[1] < 0.3  # of three sentences; another outcome may be the same one
+    assert all(not data.pairs_of(o.kind for o in scene) & data.HELDOUT_PAIRS for story in noisy for scene in story.scenes)
+
+
 # ---------------------------------------------------------------- words
 
 
 def test_every_word_of_the_grammar_is_known(vocab):
-    world, rng = World(), random.Random(7)
+    rng = random.Random(7)
     for i in range(2000):
-        e = world.example(rng, world.tasks[i % 5], tuple(COUNTS)[i % 4], NOISE)
+        e = WORLD.example(rng, WORLD.tasks[i % len(WORLD.tasks)], rng.choice(tuple(COUNTS)), NOISE)
         vocab.encode(f"{e.prompt} {e.answer}")
+    (few,) = data.make_sources("synthetic", "", tasks=("draw", "story"))
+    assert set("shape shapes thing ? zero disappears".split()) <= {w for text in few.texts(rng, 2000) for w in text.split()}
     vocab.encode("zero one two three yes no thing shape shapes top-left top-right bottom-left bottom-right ? : . it")
 
 
@@ -488,9 +631,9 @@ def test_a_text_longer_than_its_span_is_an_error_that_shows_it(vocab):
 
 
 def test_every_text_of_the_world_fits_its_span(vocab):
-    world, rng = World(), random.Random(3)
-    examples = [world.example(rng, task, pool, NOISE) for task in world.tasks for pool in COUNTS for _ in range(100)]
-    vocab.batch(examples, CODES.expand(len(examples), -1))
+    rng = random.Random(3)
+    examples = [WORLD.example(rng, task, pool, NOISE) for task in WORLD.tasks for pool in COUNTS for _ in range(100)]
+    vocab.batch(examples, CODES.expand(len(data.pictures_of(examples)), -1))
 
 
 # ---------------------------------------------------------------- sources
@@ -512,9 +655,15 @@ def test_a_wish_for_no_noise_is_granted():
 
 def test_sources_are_made_in_the_order_of_their_names(tmp_path):
     (world,) = data.make_sources("synthetic", tmp_path, jitter=1)
-    assert world.name == "synthetic" and world.jitter == 1
+    assert world.name == "synthetic" and world.jitter == 1 and world.tasks == World.tasks
     with pytest.raises(ValueError, match="fashion_mnist"):
         data.make_sources("synthetic,fashion_mnist", tmp_path)
+
+
+def test_a_source_is_limited_to_the_tasks_that_are_asked_for_and_one_that_knows_none_keeps_its_own(tmp_path):
+    every, asked = (*World.tasks, *World.further), [("tell", "draw"), ("judge",), TEMPLATES]
+    assert [data.make_sources("synthetic", tmp_path, tasks=t)[0].tasks for t in asked] == [("draw", "tell"), World.tasks, every]
+    assert set(World.tasks + World.further) | {"judge"} == set(TEMPLATES)
 
 
 def test_clothes_are_drawn_named_and_asked_about_by_their_label(clothes):
@@ -620,7 +769,7 @@ def test_a_question_about_a_grid_is_answered_by_shifting_the_whole_grid():
             there = padded[1 - down : 4 - down, 1 - right : 4 - right]
         answer, steps = data.grid_answer(grid, asked)
         assert answer == (bool((seen & there).any()) if seen.any() else None), asked
-        assert not steps or [word[0] == "(" for word in steps.split()] == there.flatten().tolist()
+        assert not steps or [[mark == "x" for mark in row] for row in steps.split()[9:]] == there.tolist()
     assert len(data.GRID_QUESTIONS) == 36 * (1 + 4 + 16)
 
 
@@ -680,7 +829,7 @@ def test_the_steps_about_a_grid_are_its_cells(asked):
     source, rng = data.Shapes(asked / "shapes"), random.Random(1)
     for e in (source.example(rng, "reason") for _ in range(100)):
         cells = e.picture[1:31, 1:31].reshape(3, 10, 3, 10, 3).swapaxes(1, 2).reshape(9, 100, 3).astype(int).sum(1)
-        words = [word.strip("()") for word in e.answer.split()[1:-2]]
+        words = e.answer.split()[1:10]
         assert [w.split("-")[0] for w in words] == [("red", "green", "blue")[c.argmax()] if c.any() else "nothing" for c in cells]
         grid = {(k // 3, k % 3): tuple(w.split("-")) for k, w in enumerate(words) if w != "nothing"}
         answer, steps = data.grid_answer(grid, e.prompt)

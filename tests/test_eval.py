@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import WORLD
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -23,15 +24,18 @@ from data import (
     SPECIAL,
     Example,
     Object,
+    Story,
     Vocabulary,
     World,
     edits,
     parse_caption,
+    pictures_of,
     render,
     sample_scene,
     true_caption,
 )
 from model import ModelConfig, Transformer, sample
+from reward import CLIP
 
 
 def scenes(n, jitters=(0, 1), seed=0):
@@ -161,6 +165,47 @@ def test_the_worlds_judge_scores_drawings_statements_and_captions():
         assert judge.draw(some, np.stack([e.picture for e in some]))[0].all()
 
 
+@pytest.mark.parametrize("pool", ["paired", "three"])
+def test_the_judge_finds_every_real_story_right_and_consistent_and_every_plan_true_and_followed(pool):
+    judge, rng = evaluation.WorldJudge(), random.Random(0)
+    stories = [WORLD.example(rng, "story", pool) for _ in range(100)]
+    right, same = judge.story(stories, np.stack([e.picture for e in stories]))
+    assert right.shape == (100, 3) and right.all() and same.all()
+    plans = [WORLD.example(rng, "plan", pool) for _ in range(100)]
+    assert all(found.all() for found in judge.plan(plans, [(e.answer, e.picture) for e in plans]))
+
+
+GREEN = Object("green", "triangle", "big", 0, 1)
+
+
+@pytest.mark.parametrize("frames, right, same", [
+    ([[CIRCLE, SQUARE], [CIRCLE._replace(row=1), SQUARE], [SQUARE]], [1, 1, 1], True),
+    ([[CIRCLE, SQUARE], [CIRCLE, SQUARE], [SQUARE]], [1, 0, 1], True),  # it did not move, but nothing else changed
+    ([[CIRCLE, SQUARE], [CIRCLE._replace(row=1), SQUARE._replace(size="big")], [SQUARE._replace(size="big")]], [1, 1, 1], False),
+    ([[CIRCLE, SQUARE._replace(size="big")], [CIRCLE._replace(row=1), SQUARE._replace(size="big")], [SQUARE._replace(size="big")]],
+     [1, 1, 1], True),  # no word says how big
+    ([[CIRCLE, SQUARE], [CIRCLE._replace(row=1, size="small"), SQUARE], [SQUARE]], [1, 0, 1], False),  # what moves keeps its size
+    ([[CIRCLE, SQUARE], [CIRCLE._replace(row=1), SQUARE], [CIRCLE._replace(row=1), SQUARE]], [1, 1, 0], True),
+    ([[CIRCLE, SQUARE], [CIRCLE._replace(row=1), SQUARE, GREEN], [SQUARE]], [1, 0, 1], True),
+    ([[CIRCLE, SQUARE], [CIRCLE._replace(row=1)], [SQUARE]], [1, 0, 1], False), ([[], [], []], [0, 0, 0], False)])  # fmt: skip
+def test_a_story_is_judged_frame_by_frame_and_by_what_should_stay(frames, right, same):
+    scenes = ([CIRCLE, SQUARE], [CIRCLE._replace(row=1), SQUARE], [SQUARE])
+    texts = ["a big red circle at the top left and a blue square at the bottom right",
+             "a big red circle at the bottom left and a blue square at the bottom right", "a blue square at the bottom right"]  # fmt: skip
+    story = Story(scenes, ("", "", ""), tuple(map(parse_caption, texts)))
+    found = evaluation.WorldJudge().story([Example("story", None, "", "", story)], np.stack([render(s) for s in frames])[None])
+    assert found[0].tolist() == [list(map(bool, right))] and found[1].tolist() == [same]
+
+
+def test_a_plan_must_place_every_object_agree_with_its_prompt_and_be_drawn():
+    prompt, picture = parse_caption("a red circle and a blue square"), render([CIRCLE, SQUARE])
+    one = "a big red circle at the top left"
+    plans = [f"{one} and a small blue square at the bottom {side}" for side in ("right", "left")]
+    plans += [one, "a red circle and a blue square", "a"]
+    found = evaluation.WorldJudge().plan([Example("plan", None, "", "", (None, prompt))] * 5, [(text, picture) for text in plans])
+    assert [x.tolist() for x in found] == [[True, True, False, False, False], [True, False, False, False, False]]
+
+
 def test_the_clothes_judge_learns_from_real_pictures_and_disturbs_no_other_chance(clothes):
     torch.manual_seed(7)
     expected = torch.rand(3)
@@ -244,6 +289,34 @@ def test_decoding_gives_pictures_for_drawings_and_texts_for_the_rest(vocab, code
     assert evaluation.decode(vocab, codebook, "caption", batch, batch.target) == texts
     late = torch.where(batch.target == EOS, vocab.encode("red")[0], batch.target)  # a text that never ended
     assert evaluation.decode(vocab, codebook, "caption", batch, late) == ["a big red circle red", "a circle red"]
+
+
+def test_decoding_gives_a_story_its_three_frames_and_a_plan_its_text_and_picture(vocab, codebook):
+    rng = random.Random(0)
+    for task in ("story", "plan"):
+        some = [WORLD.example(rng, task) for _ in range(3)]
+        batch = vocab.batch(some, codebook.encode(pictures_of(some)))
+        for e, found in zip(some, evaluation.decode(vocab, codebook, task, batch, batch.target)):
+            text, picture = found if task == "plan" else ("", found)
+            assert text == e.answer and picture.shape == e.picture.shape and (picture == e.picture).all()
+
+
+def test_a_model_that_answers_from_the_key_masters_every_task_and_a_task_that_is_no_part_is_null(evaluator, vocab, codebook, monkeypatch):
+    def filled(model, batch, *args, group=1, **kwargs):
+        return batch.repeat(group).target
+
+    monkeypatch.setattr(evaluation, "sample", filled)
+    evaluator.source = WORLD
+    clip = CLIP(vocab.n_text, width=32, heads=2)
+    further = evaluation.measure(evaluator, clip, 12)[0]
+    evaluator.source = World()
+    plain = evaluation.measure(evaluator, clip, 12)[0]
+    names = [name for group in evaluation.METRICS.values() for name in group if name.startswith(("story", "tell", "plan", "hops", "steps"))]
+    cells = {name: cell for group in further.values() for name, cell in group.items()}
+    assert all(cells[name]["value"] == (0 if name == "steps_worked" else 1) for name in names)  # no reference works three hops out
+    assert [cells[f"steps_{k}"]["n"] + cells[f"steps_{3 - k}"]["n"] for k in (1, 2)] == [12, 12] and cells["steps_3"]["n"] == 12
+    assert all(plain[group][name] is None for group in plain for name in plain[group] if name in names)
+    assert all(cells[name] == cell for group in plain.values() for name, cell in group.items() if name not in names)
 
 
 def test_the_nll_of_texts_is_that_of_a_loop_over_tokens(evaluator, model, vocab):

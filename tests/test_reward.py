@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import WORLD, example
 
 from data import (
     FASHION_CLASSES,
@@ -33,6 +34,7 @@ from reward import (
     Rewards,
     agreement,
     calibration,
+    captioned,
     clip_loss,
     clip_score,
     exact_match,
@@ -42,6 +44,7 @@ from reward import (
     pair_rewards,
     preference_loss,
     rank_pairs,
+    sentences_right,
     set_anchor,
     text_ids,
     well_formed,
@@ -176,7 +179,7 @@ def test_the_reward_lies_between_the_floor_and_zero_however_sure_the_clip_is(voc
     torch.manual_seed(0)
     sure = CLIP(vocab.n_text, width=32, heads=2)
     with torch.no_grad():
-        sure.log_scale.fill_(math.log(500.0))
+        sure.log_scale.fill_(math.log(5000.0))
     texts = ["a red circle", "a green triangle", "a big yellow square", "a blue circle", "a red square", "a small red circle"]
     edits = [[t for t in texts if t != own] for own in texts]
     r = match_logprob(sure, vocab, pictures, texts, edits)
@@ -442,16 +445,24 @@ def rewards(clip, vocab):
     return Rewards(clip, vocab, n_edits=4)
 
 
+def reference(task, some, times):
+    """The reference outputs of some examples, `times` of each, as eval.decode gives them."""
+    repeated = [e for e in some for _ in range(times)]
+    if task == "plan":
+        return [(e.answer, e.picture) for e in repeated]
+    return np.stack([e.picture for e in repeated]) if task in ("draw", "story") else [e.answer for e in repeated]
+
+
 @pytest.mark.parametrize("task, parts", [
-    ("draw", {"clip"}), ("caption", {"clip", "format"}), ("ask", {"exact"}), ("reason", {"exact", "format"})])  # fmt: skip
-def test_every_task_has_its_parts_one_number_a_candidate(rewards, pictures, task, parts):
-    rng, world = random.Random(0), World()
-    some = [world.example(rng, task) for _ in range(2)]
-    outputs = pictures if task == "draw" else [e.answer for e in some for _ in range(3)]
-    found = rewards(world, task, some, outputs, rng)
+    ("draw", {"clip"}), ("caption", {"clip", "format"}), ("ask", {"exact"}), ("reason", {"exact", "format"}), ("hops", {"exact"}),
+    ("steps", {"exact", "format"}), ("story", {"clip"}), ("tell", {"exact"}), ("judge", {"exact"}), ("plan", {"clip"})])  # fmt: skip
+def test_every_task_has_its_parts_one_number_a_candidate(rewards, task, parts):
+    rng = random.Random(0)
+    some = [example(rng, task) for _ in range(2)]
+    found = rewards(WORLD, task, some, reference(task, some, 3), rng)
     assert set(found) == parts == set(rewards.parts[task])
     assert all(r.shape == (2, 3) and r.dtype == torch.float32 and not r.requires_grad for r in found.values())
-    if task != "draw":
+    if task not in ("draw", "story", "plan"):
         assert all((r == 1).all() for name, r in found.items() if name != "clip")  # the reference answers earn everything
 
 
@@ -462,6 +473,63 @@ def test_a_drawing_is_compared_with_its_own_prompt(rewards, clip, vocab, picture
     edits = [world.negatives(again, e.prompt, 4) for again in [random.Random(1)] for e in some]
     plain = match_logprob(clip, vocab, pictures[:4], [e.prompt for e in some], edits)
     torch.testing.assert_close(found.flatten(), plain.clamp(max=math.log(SURE)))
+
+
+def test_a_story_earns_the_mean_of_what_its_frames_earn_each_compared_with_what_was_told_up_to_there(rewards, monkeypatch):
+    judged = []
+
+    def judge(pictures, texts, edits):
+        judged.append((pictures, texts, edits))
+        return {"clip": torch.arange(float(len(pictures)))}
+
+    monkeypatch.setattr(rewards, "_judge", judge)
+    some, group = [WORLD.example(random.Random(seed), "story") for seed in range(2)], 2
+    frames = np.stack([e.picture for e in some for _ in range(group)])
+    frames[1::group] = 255 - frames[1::group]  # the second candidate of each prompt
+    found = rewards(WORLD, "story", some, frames, random.Random(0))["clip"]
+    ((pictures, texts, edits),) = judged
+    assert texts == [c.text() for e in some for c in e.truth.captions] and all(len(e) == 4 and t not in e for t, e in zip(texts, edits))
+    expected = [[np.mean([6 * b + 2 * k + g for k in range(3)]) for g in range(group)] for b in range(2)]
+    assert found.tolist() == expected
+    for b, e in enumerate(some):
+        for k in range(3):
+            first, second = pictures[6 * b + 2 * k : 6 * b + 2 * k + 2]
+            assert (first == e.picture[k]).all() and (second == 255 - e.picture[k]).all()
+
+
+def test_a_plan_earns_what_its_picture_earns_whatever_it_says(rewards):
+    some = [WORLD.example(random.Random(seed), "plan") for seed in range(2)]
+    planned = [(text, e.picture) for e in some for text in (e.answer, "nonsense")]
+    found, drawn = (rewards(WORLD, task, some, outputs, random.Random(1))["clip"] for task, outputs in (
+        ("plan", planned), ("draw", np.stack([p for _, p in planned]))))  # fmt: skip
+    assert torch.equal(found, drawn) and (found[:, 0] == found[:, 1]).all()
+
+
+def test_steps_earn_nothing_but_their_form(rewards):
+    e = WORLD.example(random.Random(0), "steps", "three")
+    texts = [f"<think> {e.truth[2]} </think> {e.answer.split()[-1]}", f"<think> a red circle </think> {e.answer.split()[-1]}", e.answer,
+             e.answer.split()[-1]]  # fmt: skip
+    found = rewards(WORLD, "steps", [e], texts, random.Random(0))
+    assert found["exact"].tolist() == [[1, 1, 1, 1]] and found["format"].tolist() == [[1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("text, share", [
+    ("a circle . b . c", 1), ("a circle . c . b", 1 / 3), ("a circle", 1 / 3), ("", 0), ("a circle . b . c . c", 0.75), ("x . b . c", 2 / 3),
+])
+def test_a_story_told_earns_the_share_of_its_sentences_that_stand_where_they_belong(text, share):
+    assert sentences_right(text, "a circle . b . c") == pytest.approx(share)
+
+
+def test_where_stories_are_told_every_other_caption_to_learn_from_is_all_that_is_known_of_a_frame():
+    rng, frames = random.Random(0), 0
+    for _ in range(400):
+        e = captioned(WORLD, rng)
+        scene, caption = e.truth
+        assert e.task == "draw" and e.prompt == caption.text() and (e.picture == render(scene)).all() and caption.holds(scene)
+        frames += all(m.cell for m in caption.mentions) and len(scene) == 2
+    assert 60 < frames < 200  # only frames place both of two objects
+    plain = [captioned(World(), random.Random(seed)) for seed in range(5)]
+    assert [e.prompt for e in plain] == [World().example(random.Random(seed), "draw").prompt for seed in range(5)]
 
 
 def test_a_reward_stops_rising_where_it_is_sure_enough(rewards, pictures, monkeypatch):
@@ -510,13 +578,14 @@ def test_the_total_weighs_each_part_and_an_unknown_one_not_at_all(rewards):
     torch.testing.assert_close(rewards.total(parts), torch.tensor([[1.2, 0.2]]))
 
 
-def test_a_preference_model_adds_its_part_to_drawings_and_captions_alone(clip, prefers, vocab, pictures):
-    rng, world, both = random.Random(0), World(), Rewards(clip, vocab, n_edits=4, n_caption_edits=4, preference=prefers)
+def test_a_preference_model_adds_its_part_to_what_is_drawn_and_to_captions_alone(clip, prefers, vocab, pictures):
+    rng, world, both = random.Random(0), WORLD, Rewards(clip, vocab, n_edits=4, n_caption_edits=4, preference=prefers)
     for task, alone in Rewards.parts.items():
-        some = [world.example(rng, task) for _ in range(2)]
-        outputs = pictures[:4] if task == "draw" else [e.answer for e in some for _ in range(2)]
+        some = [example(rng, task) for _ in range(2)]
+        outputs = reference(task, some, 2)
         found = both(world, task, some, outputs, random.Random(1))
-        assert set(found) == set(both.parts[task]) == {*alone, *(["preference"] if task in ("draw", "caption") else [])}
+        learned = task in ("draw", "caption", "story", "plan")
+        assert set(found) == set(both.parts[task]) == {*alone, *(["preference"] if learned else [])}
         without = Rewards(clip, vocab, n_edits=4, n_caption_edits=4)(world, task, some, outputs, random.Random(1))
         assert all((found[name] == without[name]).all() for name in alone)
     draw = [Example("draw", None, text, "") for text in TEXTS[:2]]
