@@ -17,8 +17,9 @@ every patch a held-out picture needs has been seen in pre-training (tests/test_d
 Web captions are noisy, so pre-training captions are too (NOISE): a wrong word (independent noise, which a low sampling
 temperature undoes), an omitted attribute, an omitted or reversed relation (structured noise). Questions are clean.
 
-Further tasks, which --tasks adds: stories of three frames told and drawn (an object appears, disappears, moves, changes
-colour or size), questions of one to three hops with steps and without, and a plan in words before the picture.
+Further tasks, which --tasks adds: stories of three frames, told and drawn (an object appears, disappears, moves, changes
+colour or size); a plan in words before the picture; questions of one to three hops, with steps (never shown for three hops)
+and answered at once. Three hops need three objects: there, and only there, pre-training asks about pictures of three.
 
 A task is a *template* of tokens: entries >= 0 are given, -1 is chosen by the policy from its allowed range [lo, hi).
 Here what is chosen stands after an arrow; TEMPLATES says the same to the machine.
@@ -410,6 +411,7 @@ def hop_question(rng, scene, hops):
 
 
 # ---------------------------------------------------------------- stories: three frames, and what happens between them
+
 
 class Story(NamedTuple):
     """Three scenes; the sentence told of each, first a caption, then two events; and the Caption that each frame must fit by
