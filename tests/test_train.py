@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import eval as evaluation
 import reward
 import train
-from data import HELDOUT_PAIRS, IMAGE, PAD, PROMPT_PAIRS, SPECIAL, pairs_of, parse_caption
+from data import HELDOUT_PAIRS, IMAGE, PAD, PROMPT_PAIRS, SPECIAL, TEMPLATES, World, pairs_of, parse_caption
 from grpo import combine_rewards, group_advantages, pairwise_advantages
 from train import Config, Stopped, Trainer, make_config, parse_flags, schedule
 
@@ -72,7 +72,7 @@ def other_value(field):
     if field.name in train.CHOICES:
         return {"preset": "smoke", "device": "cpu"}.get(field.name, next(v for v in train.CHOICES[field.name] if v != field.default))
     if field.type is str:
-        return {"data": "fashion_mnist", "stage": "eval"}.get(field.name, "elsewhere")
+        return {"data": "fashion_mnist", "stage": "eval", "tasks": "draw,story"}.get(field.name, "elsewhere")
     return str(2 * field.default or 1)
 
 
@@ -120,6 +120,9 @@ def test_the_automatic_preset_follows_the_device_and_names_the_run():
     (["--clip-low", "1"], "--clip-low 1.0: expected between 0 and 1"), (["--batch", "0"], "--batch 0: expected more than 0"),
     (["--data", "synthetick"], "--data synthetick: expected names from synthetic, fashion_mnist, .*did you mean synthetic?"),
     (["--data", "synthetic,"], "--data synthetic,: expected names"),
+    (["--tasks", "draw,storys"], "--tasks draw,storys: expected all, or names from draw, caption, .*, comma-separated"),
+    (["--tasks", "storie"], "did you mean story?"), (["--tasks", "text"], "--tasks text: expected a task beside text"),
+    (["--tasks", "caption,story"], "--tasks caption,story: expected draw beside story and plan"),
     (["--stage", "bake"], "--stage bake: expected all, or names from codebook"),
     (["--method", "unified", "--stage", "grpo"], "--stage grpo: expected all, or names from codebook, pretrain, clip, preference, unified"),
     pytest.param(["--threads", "-1"], "--threads -1"),
@@ -134,6 +137,12 @@ def test_a_value_that_cannot_work_is_an_error_with_the_legal_ones(flags, legal):
 def test_the_commands_in_the_docstring_parse(line):
     script, *flags = shlex.split(line, comments=True)
     assert parse_flags([{"cuda": "cpu"}.get(flag, flag) for flag in flags])  # whether there is a GPU is another question
+
+
+def test_all_tasks_are_those_of_the_templates_and_the_default_ones_are_the_worlds_first():
+    assert set(make_config(tasks="all").tasks.split(",")) == set(TEMPLATES) and tuple(Config.tasks.split(",")) == World.tasks
+    assert set(train.TASK_MIX) == set(TEMPLATES)
+    assert set(train.GRPO_TASKS) == set(train.GRPO_PROMPTS) == set(reward.Rewards.parts) == set(TEMPLATES) - {"text"}
 
 
 def test_a_config_can_be_made_from_arguments_as_from_flags():
@@ -642,6 +651,40 @@ def test_control_with_labels_asks_about_three_objects_and_pretraining_does_not(p
     for labelled, most in ((False, 2), (True, 3)):
         rows = [e for step in range(4) for _, e, _ in paired.pairs(paired.rng("x", step), 64, labelled=labelled)]
         assert max(len(e.truth) for e in rows if e.task in ("ask", "reason")) == most
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_no_one_is_ever_shown_the_steps_of_three_hops_and_their_answers_are_seen_without_steps(vocab, tmp_path, labelled):
+    trainer, hops = Trainer(make_config(**TINY, tasks="all", out=str(tmp_path))), {"hops": set(), "steps": set()}
+    for _, e, _ in (row for step in range(6) for row in trainer.pairs(trainer.rng("x", step), 64, labelled=labelled)):
+        if e.task in hops:
+            hops[e.task].add(e.truth[1])
+            assert ("<think> </think>" in e.answer) == (e.truth[1] == 3 and e.task == "steps")
+    assert hops == {"hops": {1, 2, 3}, "steps": {1, 2, 3} if labelled else {1, 2}}
+
+
+def test_stories_told_with_their_pictures_show_two_objects_at_most(vocab, tmp_path):
+    trainer = Trainer(make_config(**TINY, tasks="all", out=str(tmp_path)))
+    rows = [e for step in range(6) for _, e, _ in trainer.pairs(trainer.rng("x", step), 64) if e.task in ("story", "tell", "plan")]
+    frames = [scene for e in rows for scene in (e.truth[:1] if e.task == "plan" else e.truth.scenes)]
+    assert len(frames) > 60 and {*map(len, frames)} == {1, 2}
+    assert not any(pairs_of(o.kind for o in scene) & (HELDOUT_PAIRS | PROMPT_PAIRS) for scene in frames)
+
+
+def test_a_run_with_all_tasks_learns_rewards_and_measures_each(tmp_path, handlers):
+    config = make_config(**TINY, tasks="all", out=str(tmp_path / "run"), pretrain_steps=6, clip_steps=5, grpo_steps=2, eval_items=32)
+    folder = train.main(config)
+    result = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    for name in ("base", "aligned"):
+        assert [metric for group in result[name].values() for metric, cell in group.items() if cell is None] == ["visual"]
+    last = rows(folder)[-1]
+    for task in set(train.GRPO_TASKS) - {"judge"}:
+        assert {f"reward_{task}", f"kl_{task}", f"grad_{task}"} <= {k for k, v in last.items() if v}
+    thoughts = (folder / "samples" / "transcripts.txt").read_text(encoding="utf-8")
+    assert thoughts.count("worked out: ") == thoughts.count("base: ") == thoughts.count("aligned: ") == 16
+    assert Image.open(folder / "samples" / "stories.png").size == (330 + 6 * 70 + 2 * 12, 20 + 8 * 70)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Questions of three hops" in page and page.count("data:image/png") == 3
 
 
 def test_a_contact_sheet_frames_what_the_judge_found_right_green_and_the_rest_red():
