@@ -674,6 +674,7 @@ def test_stories_told_with_their_pictures_show_two_objects_at_most(vocab, tmp_pa
     assert not any(pairs_of(o.kind for o in scene) & (HELDOUT_PAIRS | PROMPT_PAIRS) for scene in frames)
 
 
+@pytest.mark.slow
 def test_a_run_with_all_tasks_learns_rewards_and_measures_each(tmp_path, handlers):
     config = make_config(**TINY, tasks="all", out=str(tmp_path / "run"), pretrain_steps=6, clip_steps=5, grpo_steps=2, eval_items=32)
     folder = train.main(config)
