@@ -311,12 +311,13 @@ def test_a_model_that_answers_from_the_key_masters_every_task_and_a_task_that_is
     further = evaluation.measure(evaluator, clip, 12)[0]
     evaluator.source = World()
     plain = evaluation.measure(evaluator, clip, 12)[0]
-    names = [name for group in evaluation.METRICS.values() for name in group if name.startswith(("story", "tell", "plan", "hops", "steps"))]
+    tasks = ("story", "tell", "plan", "hops", "steps", "visual_three")
+    names = [name for group in evaluation.METRICS.values() for name in group if name.startswith(tasks)]
     cells = {name: cell for group in further.values() for name, cell in group.items()}
     assert all(cells[name]["value"] == (0 if name == "steps_worked" else 1) for name in names)  # no reference works three hops out
     assert [cells[f"steps_{k}"]["n"] + cells[f"steps_{3 - k}"]["n"] for k in (1, 2)] == [12, 12] and cells["steps_3"]["n"] == 12
     assert all(plain[group][name] is None for group in plain for name in plain[group] if name in names)
-    assert all(cells[name] == cell for group in plain.values() for name, cell in group.items() if name not in names)
+    assert all(cells[name] == cell for group in plain.values() for name, cell in group.items() if name not in (*names, "visual"))
 
 
 def test_the_nll_of_texts_is_that_of_a_loop_over_tokens(evaluator, model, vocab):
@@ -647,7 +648,7 @@ def test_an_ablation_trains_its_variants_from_one_base_and_shares_the_default(tm
         return out
 
     monkeypatch.setattr(evaluation, "trained", instead)
-    names = ("preset", "device", "data", "data_dir", "width", "layers", "heads", "patch", "codes", "jitter", "clip_width")
+    names = ("preset", "device", "data", "data_dir", "tasks", "width", "layers", "heads", "patch", "codes", "jitter", "clip_width")
     config = dict.fromkeys(names, 1)
     (tmp_path / "config.json").write_text(json.dumps(config))
     text = evaluation.ablate("kl", tmp_path, tmp_path / "out", seeds=2, jobs=2)
@@ -664,7 +665,7 @@ def test_every_variant_of_every_ablation_starts(tmp_path, monkeypatch, name):
     started = []
     monkeypatch.setattr(evaluation, "trained", lambda out, **flags: started.append(flags) or out)
     monkeypatch.setattr(evaluation, "outcome", lambda folder: {"compose": 0.5})
-    names = ("preset", "device", "data", "data_dir", "width", "layers", "heads", "patch", "codes", "jitter", "clip_width")
+    names = ("preset", "device", "data", "data_dir", "tasks", "width", "layers", "heads", "patch", "codes", "jitter", "clip_width")
     (tmp_path / "config.json").write_text(json.dumps(dict.fromkeys(names, 1)))
     (tmp_path / "out").mkdir()
     evaluation.ablate(name, tmp_path, tmp_path / "out", seeds=1)
