@@ -17,8 +17,9 @@ every patch a held-out picture needs has been seen in pre-training (tests/test_d
 Web captions are noisy, so pre-training captions are too (NOISE): a wrong word (independent noise, which a low sampling
 temperature undoes), an omitted attribute, an omitted or reversed relation (structured noise). Questions are clean.
 
-Further tasks, which --tasks adds: stories of three frames told and drawn (an object appears, disappears, moves, changes
-colour or size), questions of one to three hops with steps and without, and a plan in words before the picture.
+Further tasks, which --tasks adds: stories of three frames, told and drawn (an object appears, disappears, moves, changes
+colour or size); a plan in words before the picture; questions of one to three hops, with steps (never shown for three hops)
+and answered at once. Three hops need three objects: there, and only there, pre-training asks about pictures of three.
 
 Public data: Fashion-MNIST is drawn, named and asked about; SHAPES and NLVR are asked about, and come with made grids, boxes and
 sentences in their style, whose steps are worked out (what stands where, how many there are). No question or sentence that is
@@ -415,6 +416,7 @@ def hop_question(rng, scene, hops):
 
 
 # ---------------------------------------------------------------- stories: three frames, and what happens between them
+
 
 class Story(NamedTuple):
     """Three scenes; the sentence told of each, first a caption, then two events; and the Caption that each frame must fit by

@@ -569,13 +569,17 @@ def measure_asked(evaluator, n, note):
 
 
 def sweep(evaluator, temperatures=TEMPERATURES, prompts=128, group=8):
-    """The fronts: one row a temperature, with compose and diversity for seen and for never-seen prompts."""
+    """The fronts: one row a temperature, with compose and diversity for seen and for never-seen prompts; and stories, one each."""
     pools = [p for p in ("compose", "compose_heldout") if p in evaluator.judge.pools]
     fronts = [evaluator.front(evaluator.judge.pools[p], temperatures, prompts, group) for p in pools]
     rows = fronts[0] if fronts else []
     for extra in fronts[1:]:
         for row, more in zip(rows, extra):
             row |= {f"{k}_heldout": v for k, v in more.items() if k != "temperature"}
+    examples = evaluator.examples("story", prompts) if "story" in evaluator.source.tasks else ()
+    for row in rows if examples else ():
+        frames, same = evaluator.judge.story(examples, evaluator.outputs(examples, row["temperature"]))
+        row["story"] = round(float((frames.all(1) & same).mean()), 4)
     return rows
 
 

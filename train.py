@@ -30,6 +30,7 @@ optimizer state and k, and then equals an uninterrupted one.
     $ python train.py                      # two-core CPU: the `cpu` preset
     $ python train.py --device cuda        # one GPU: the `gpu` preset
     $ python train.py --preset smoke       # everything once, tiny; under a minute
+    $ python train.py --tasks all --pretrain-steps 2000      # stories, hops and plans as well
     $ python train.py --method unified --base runs/NAME      # the alternative, from the same base, for the same seconds
 """
 
