@@ -1000,14 +1000,13 @@ NLVR_SLOTS = {
     | {"touching the corner": 2, "closely touching a corner": 2, "closely touching a corner of a box": 2},
     "b": dict.fromkeys(("touching the base", "touching the bottom", "closely touching the bottom of a box"), "bottom")
     | {"closely touching right wall of a box": "right"}, "o": dict.fromkeys(("over", "above", "on")),
-    "m": {"exactly": (1, 1), "only": (1, 1), "at least": (1, 99), "at most": (-99, 1), "more than": (2, 99)}}  # fmt: skip
+    "q": dict.fromkeys(("", "exactly "))}  # fmt: skip
 NLVR_ROWS = [
     Row("towers", "{c} tower*", lambda x, c: colors(x) == {c}),
     Row("towers", "tower* with a {c} block at the {e}", lambda x, c, e: x[e].color == c),
     Row("towers", "{c} block* as the {e} of a tower", lambda o, x, c, e: o is x[e] and o.color == c, True),
     Row("towers", "{c} block* as the {e} of a tower with {n} blocks", lambda o, x, c, e, n: o is x[e] and o.fits(c) and len(x) == n, True),
-    Row("towers", "tower* with {n} blocks", lambda x, n: len(x) == n),
-    Row("towers", "tower* with exactly {n} blocks", lambda x, n: len(x) == n),
+    Row("towers", "tower* with {q}{n} blocks", lambda x, q, n: len(x) == n),
     Row("towers", "tower* with exactly {n} blocks with a {c} block at the {e}", lambda x, n, c, e: len(x) == n and x[e].color == c),
     Row("towers", "tower* with {n} {c} blocks", lambda x, n, c: count(x, c) >= n),
     Row("towers", "tower* with a {c} block {o} a {d} block", lambda x, c, o, d: any(over(p, x, c, d) for p in x)),

@@ -661,9 +661,10 @@ def test_sources_are_made_in_the_order_of_their_names(tmp_path):
 
 
 def test_a_source_is_limited_to_the_tasks_that_are_asked_for_and_one_that_knows_none_keeps_its_own(tmp_path):
-    every, asked = (*World.tasks, *World.further), [("tell", "draw"), ("nothing",), TEMPLATES]
+    every, asked = (*World.tasks, *World.further), [("tell", "draw"), ("none of them",), TEMPLATES]
     assert [data.make_sources("synthetic", tmp_path, tasks=t)[0].tasks for t in asked] == [("draw", "tell"), World.tasks, every]
     assert set(every) == set(TEMPLATES)
+    assert [data.tasks_of(data.NLVR, t) for t in (None, ("draw", "reason"), ("draw",))] == [data.NLVR.tasks] * 2 + [("judge",)]
 
 
 def test_clothes_are_drawn_named_and_asked_about_by_their_label(clothes):
