@@ -828,13 +828,14 @@ FASHION_MD5 = {  # from the official README
     "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
+STALLED = 30  # seconds without a byte after which a download is given up
 DOWNLOAD_LIMIT = 2_000_000_000  # bytes of one file, and of all that an archive unpacks to
 
 
 def fetch(url, path, md5=None):
     """Streams url to path. Raises OSError when it is cut short, too large, or not the file with this MD5."""
     digest = hashlib.md5(usedforsecurity=False)
-    with urllib.request.urlopen(url, timeout=30) as answer, open(path, "wb") as file:
+    with urllib.request.urlopen(url, timeout=STALLED) as answer, open(path, "wb") as file:
         size = int(answer.headers["Content-Length"] or 0)  # GitHub sends none; there gzip notices the missing end
         with tqdm(desc=f"download {path.name}", total=size or None, unit="B", unit_scale=True) as bar:
             while block := answer.read(1 << 16):
@@ -896,6 +897,8 @@ def download(name, data_dir):
             else:
                 fetch(url, archive)
                 unpack(archive, new, WANTED[name])
+            if root.exists():
+                root.rmdir()  # it is empty; Windows renames to no folder that is there
             os.replace(new, root)
     except Exception as error:  # urllib, ssl, gzip and tarfile have many kinds; all are passed on
         raise ValueError(f"{url}: {error}; try again later, or put the official files at {root}") from error
@@ -1305,7 +1308,7 @@ class Vocabulary:
         except KeyError:
             unknown = sorted(set(text.split()) - self.words)
             known = " ".join(sorted(w for w in self.words if w not in SPECIAL))
-            raise ValueError(f"unknown word(s) {', '.join(map(repr, unknown[:5]))}; this model knows: {known}") from None
+            raise ValueError(f"unknown word(s) {', '.join(repr(w[:40]) for w in unknown[:5])}; this model knows: {known}") from None
 
     def decode(self, ids):
         """The text of token ids up to the first <eos>; picture codes and <pad> are left out.

@@ -43,13 +43,13 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 from torch import nn
 
 from data import (
@@ -72,7 +72,17 @@ from data import (
 )
 from grpo import rollout, rollout_loss
 from kernels import fused_linear_grpo_loss, selected_logprobs
-from model import Codebook, ModelConfig, Transformer, completion_mask, completion_states, pick_device, sample
+from model import (
+    Codebook,
+    ModelConfig,
+    Transformer,
+    atomically,
+    completion_mask,
+    completion_states,
+    pick_device,
+    read_tensors,
+    sample,
+)
 from reward import CLIP, Rewards, clip_score, exact_match, sentences_right
 
 # ---------------------------------------------------------------- the judge: picture -> objects -> is the prompt true?
@@ -632,7 +642,7 @@ def table(result):
         cells = [" | ".join(f"{100 * r[q]:.0f} @ {100 * (r[d] or 0):.0f}" for q, d in (
             ("compose", "diversity"), ("compose_heldout", "diversity_heldout")) if q in r) for r in rows]
         lines.append(f"{rows[0]['temperature']:<22}" + "".join(f"{c:>34}" for c in cells))
-    if result["judge_accuracy"] < 1:
+    if result.get("judge_accuracy", 1) < 1:
         lines.append(f"the judge itself is right on {result['judge_accuracy']:.1%} of real test pictures")
     lines.append("in round brackets: chance level; frechet: in the space of the second CLIP, frechet_floor: real against real pictures")
     best = ", ".join(f"{m} {result['best_temperature'][m]}" for m in models)
@@ -651,25 +661,145 @@ def tables(result):
     """The table of every data set of a run, each under its name where there are several."""
     parts = by_source(result)
     return "\n\n".join((f"{name}\n" if len(parts) > 1 else "") + table(part) for name, part in parts.items())
+# ---------------------------------------------------------------- a run on one page
+
+MARKS = {"green": ("#1a7f37", "good"), "amber": ("#9a6700", "look"), "red": ("#cf222e", "act")}  # colour and word of a check
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;color:#1f2328;max-width:70rem;margin:0 auto;padding:1rem}
+h1{font-size:1.5rem;margin:.5rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem;border-bottom:1px solid #d1d9e0}
+.facts{color:#59636e;overflow-wrap:anywhere}.scroll{overflow-x:auto}.scroll img{display:block;min-width:46rem;max-width:100%}
+ul{list-style:none;padding:0}li{display:grid;grid-template-columns:4.2rem 1fr;gap:.2rem .8rem;padding:.5rem 0}
+li+li{border-top:1px solid #eef1f4}
+.mark{color:#fff;border-radius:.8rem;text-align:center;height:1.5rem;font-weight:600}
+.do{grid-column:2;color:#59636e}.do::before{content:"\\2192  "}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}tr+tr td{border-top:1px solid #eef1f4}
+td,th{padding:.2rem .8rem .2rem 0;text-align:right;white-space:nowrap}td:first-child,th:first-child{text-align:left}
+pre{white-space:pre-wrap;overflow-wrap:anywhere}.wide{white-space:pre}summary{cursor:pointer;color:#0969da}
+@media(max-width:40rem){td{white-space:normal}td,th{padding-right:.5rem}table{font-size:.9rem}}
+"""
+
+
+def read_log(path):
+    """The rows of metrics.csv or timing.csv as dicts, [] without that file. A last line that was cut short does not count.
+    ValueError where they are not rows of a log."""
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as f:
+            rows = list(csv.DictReader(line for line in f if line.endswith("\n")))
+        for r in rows:
+            r["stage"], int(r["step"])
+        return rows
+    except (ValueError, KeyError, TypeError) as error:
+        found = f"{type(error).__name__}: {error}"[:100]
+        raise ValueError(f"{path} is damaged ({found}); repair that line, or start again with another --out") from error
+
+
+ADVICE = {  # of each check: what to do when it is not green
+    "reward and judge": "stop earlier, raise --kl-coef or --ptx-coef, or mend the reward",
+    "variety": "stop earlier, or raise --kl-coef, --ptx-coef or --temperature",
+    "spread": "ask harder prompts, raise --group-size or --temperature, or train the base for longer",
+    "KL": "raise --kl-coef or lower --grpo-lr, and look at the pictures: far from the base a reward means less",
+    "entropy": "raise --kl-coef or --ptx-coef, or lower --grpo-lr: what has no entropy explores nothing",
+    "clipping": "take fewer --epochs or a lower --grpo-lr",
+    "skipped steps": "lower the learning rate of that stage",
+    "reward": "give it more --clip-steps or --clip-edits before it is optimised",
+}
+
+
+def health(folder):
+    """What a reader should know of a run before its numbers, by its metrics.csv and by what the reward made of the aligned
+    model's drawings: a list of {"what", "mark": "green", "amber" or "red", "says", "do"}. The limits are rules of thumb."""
+    rows, found = read_log(folder / "metrics.csv"), []
+    log = [r for r in rows if any(v for k, v in r.items() if k.startswith("reward_"))]
+
+    def ends(column, share):
+        """Means of the first and of the last share of a column's values; not numbers without any."""
+        values = [float(r[column]) for r in log if r.get(column)]
+        n = max(1, round(share * len(values)))
+        return (np.mean(values[:n]), np.mean(values[-n:])) if values else (math.nan, math.nan)
+
+    def lasts(prefix):
+        """{task: mean over the last quarter of the steps}."""
+        columns = [k for k in (log[0] if log else ()) if k.startswith(prefix)]
+        return {k.removeprefix(prefix): value for k in columns if not math.isnan(value := ends(k, 0.25)[1])}
+
+    def note(what, says, red=False, amber=False):
+        mark = "red" if red else "amber" if amber else "green"
+        found.append({"what": what, "mark": mark, "says": says, "do": ADVICE[what] if mark != "green" else ""})
+
+    (reward, rewarded), (before, after), (varied, left) = ends("reward_draw", 0.1), ends("val_compose", 0.01), ends("val_diversity", 0.01)
+    rises, moved = rewarded > reward, f"from {reward:.2f} to {rewarded:.2f}"
+    if not math.isnan(before):
+        hacked, judged = rises and after < before - 0.1, f"from {before:.2f} to {after:.2f}"
+        note("reward and judge", f"the reward of drawings rose {moved} while the judge's score fell {judged}: the reward is being hacked"
+             if hacked else f"the reward of drawings went {moved}, the judge's score {judged}", hacked)  # fmt: skip
+    if not math.isnan(varied):
+        dull, shares = rises and left < 0.6 * varied, f"from {varied:.2f} to {left:.2f}"
+        note("variety", f"the reward of drawings rose {moved} while the share of distinct pictures fell {shares}: the policy collapses"
+             if dull else f"the share of distinct pictures among the correct ones went {shares}", dull)  # fmt: skip
+    idle, kl, (fresh, stale) = lasts("zero_spread_"), lasts("kl_"), ends("entropy_draw", 0.1)
+    for task in (task for task, share in idle.items() if share > 0.9):
+        says = f"{idle[task]:.0%} of the last groups to {task} have no spread: nothing is left to learn there, or nothing succeeds"
+        note("spread", says, amber=True)
+    if idle and max(idle.values()) <= 0.9:
+        note("spread", f"groups without any spread of rewards: {', '.join(f'{share:.0%} to {task}' for task, share in idle.items())}")
+    if kl:
+        far = max(kl, key=kl.get)
+        note("KL", f"the last steps are {kl[far]:.2g} nats a token from the base, to {far} the furthest", kl[far] > 2, kl[far] > 0.5)
+    if fresh > 0:
+        says = f"the entropy of drawings went from {fresh:.2f} to {stale:.2f} nats a token"
+        note("entropy", says, stale < 0.2 * fresh, stale < 0.5 * fresh)
+    if low := lasts("clip_low_"):
+        share = max(low[task] + high for task, high in lasts("clip_high_").items())
+        note("clipping", f"{share:.0%} of the ratios are outside the clip range, in the task with most", share > 0.4, share > 0.2)
+    if rows:
+        skipped = {r["stage"]: float(r.get("skipped") or 0) for r in rows}  # a count: the last row of a stage has all
+        where = f" ({', '.join(stage for stage, n in skipped.items() if n)})" if any(skipped.values()) else ""
+        says = f"{sum(skipped.values()):.0f} of {len(rows)} steps{where} were skipped, because loss or gradient was not finite"
+        note("skipped steps", says, amber=bool(where))
+    path = folder / "reward_validity_aligned.json"
+    for what, share in json.loads(path.read_text(encoding="utf-8")).items() if path.exists() else ():
+        if share < 0.85 and len(what.split()) == 3:
+            says = f"the reward sees only {share:.0%} of the faults of this kind in the aligned model's drawings: {what}"
+            note("reward", says, amber=True)
+    return found
 
 
 def report(folder):
-    """A finished run as one self-contained page of HTML: warnings, pictures before and after, table, curves, configuration."""
-    result = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-    meta, say = result["meta"], lambda x: html.escape(str(x))
-    picture = lambda name: base64.b64encode((folder / name).read_bytes()).decode()  # noqa: E731
-    image = lambda name: f'<img src="data:image/png;base64,{picture(name)}" alt="{name}">' if (folder / name).is_file() else ""  # noqa: E731
-    health = "".join(f"<li>{say(w)}</li>" for w in meta["health"]) or "<li>nothing that worries</li>"
+    """A finished run as one self-contained page of HTML: health, pictures before and after, numbers, curves, configuration."""
+    result, say = read_result(folder), lambda x: html.escape(str(x))
+    meta = result["meta"]
     title = f"{meta['method']}, seed {meta['seed']}, {meta['data']}, {meta['preset']} preset"
+
+    def picture(name):
+        data = base64.b64encode((folder / name).read_bytes()).decode() if (folder / name).is_file() else ""
+        return f'<div class="scroll"><img src="data:image/png;base64,{data}" alt="{name}"></div>' if data else "<p>not part of this run</p>"
+
+    def check(c):
+        (color, word), do = MARKS[c["mark"]], f'<div class="do">{say(c["do"])}</div>' * bool(c["do"])
+        mark = f'<span class="mark" style="background:{color}">{word}</span>'
+        return f"<li>{mark}<div><b>{say(c['what'])}</b>: {say(c['says'])}</div>{do}</li>"
+
+    def rows(lines, cell="td"):
+        return "".join("<tr>" + "".join(f"<{cell}>{say(x)}</{cell}>" for x in line) + "</tr>" for line in lines)
+
+    cells = [(m, *(result[name][group].get(m) for name in ("base", "aligned"))) for group in METRICS for m in METRICS[group]]
+    numbers = rows([("", "base", "aligned")], "th") + rows([(m, show(a), show(b)) for m, a, b in cells if a or b])
     facts = "\n".join(f"{k}: {meta[k]}" for k in ("command", "commit", "machine", "versions", "seconds"))
     path = folder / "samples" / "transcripts.txt"
     thoughts = f"<h2>Questions of three hops</h2><pre>{say(path.read_text(encoding='utf-8'))}</pre>" if path.is_file() else ""
-    style = "body{font:16px/1.5 system-ui;max-width:68rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}pre{overflow-x:auto}"
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{say(title)}</title><style>{style}</style><h1>{say(title)}</h1><h2>Health</h2><ul>{health}</ul>
-<h2>Before and after</h2>{image("samples/before_after.png")}{image("samples/stories.png")}
-<h2>Test scenes</h2><pre>{say(tables(result))}</pre>
-{thoughts}<h2>Curves</h2>{image("curves.png")}<h2>Run</h2><pre>{say(facts)}\n{say(json.dumps(meta["config"], indent=1))}</pre></html>
+    stories = picture("samples/stories.png") if (folder / "samples" / "stories.png").is_file() else ""
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{say(title)}</title><style>{STYLE}</style><h1>{say(title)}</h1><p class="facts">{say(meta["command"])}</p>
+<h2>Health</h2><ul>{"".join(map(check, health(folder))) or "<li>nothing was learned here</li>"}</ul>
+<h2>Before and after</h2><p class="facts">The same prompts and the same noise; green frames are right by the judge.</p>
+{picture("samples/before_after.png")}{stories}
+<h2>Test scenes</h2><div class="scroll"><table>{numbers}</table></div><details><summary>Fronts and notes</summary>
+<div class="scroll"><pre class="wide">{say(tables(result))}</pre></div></details>
+{thoughts}<h2>Curves</h2>{picture("curves.png")}
+<h2>Run</h2><pre>{say(facts)}</pre>
+<details><summary>Configuration</summary><pre>{say(json.dumps(meta["config"], indent=1))}</pre></details></html>
 """
 
 
@@ -680,15 +810,29 @@ def show(cell):
     return f"{cell['value']:.3f}" + interval + (f" ({cell['chance']:.3f})" if "chance" in cell else "")
 
 
+def read_result(folder):
+    """eval.json of a run. ValueError where it is missing or damaged."""
+    path = Path(folder) / "eval.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: has this run finished? `python train.py --resume --out {folder}` goes on")
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        [result["meta"][k] for k in ("method", "seed", "data")]
+        numbers(result, "base"), numbers(result, "aligned"), table(result)  # all that is shown of it
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        again = f"`python train.py --resume --stage eval --out {folder}` makes it again"
+        raise ValueError(f"{path} is damaged ({str(error)[:100]}); {again}") from error
+    return result
+
+
 def compare(folders):
     """Methods side by side as text, a table a data set: mean over seeds with a 95% interval (Student's t), and paired differences
     to the first method."""
-    found = defaultdict(lambda: defaultdict(dict))  # data set: method: seed: numbers
-    for folder in folders:
-        path = Path(folder) / "eval.json"
-        if not path.is_file():
-            raise ValueError(f"{path} is not there: has this run finished? `python train.py --resume --out {folder}` goes on")
-        result = json.loads(path.read_text(encoding="utf-8"))
+    results = [read_result(folder) for folder in folders]
+    found, metas = defaultdict(lambda: defaultdict(dict)), [result["meta"] for result in results]  # data set: method: seed: numbers
+    if len({(m["method"], m["seed"]) for m in metas}) < len(metas) or len({m["data"] for m in metas}) > 1:
+        raise ValueError(f"--compare {' '.join(map(str, folders))}: expected runs on the same data, each method and seed once")
+    for result in results:
         method, seed = result["meta"]["method"], result["meta"]["seed"]
         for name, part in by_source(result).items():
             found[name][method][seed] = numbers(part, "aligned")
@@ -763,15 +907,18 @@ def load_model(folder, vocab, codebook, config, name="aligned", device="cpu"):
 
 def load_weights(module, path):
     """Read a module's weights from a .safetensors file; ValueError names what is wrong with it."""
+    again = f"`python train.py --resume --out {Path(path).parent}`"
     if not Path(path).is_file():
-        raise ValueError(f"{path} is not there: has this stage finished? `python train.py --resume --out {Path(path).parent}` goes on")
+        raise ValueError(f"{path} is not there: has this stage finished? {again} goes on")
     try:
-        weights = load_file(str(path))
+        weights = read_tensors(path)
         module.load_state_dict(weights)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be used ({' '.join(str(error).split())[:120]}); train that stage again") from error
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it and {again} makes it again") from error
+    except RuntimeError as error:  # other names or shapes
+        raise ValueError(f"{path} cannot be used ({' '.join(str(error).split())[:150]}): it is of another configuration") from error
     if not all(w.isfinite().all() for w in weights.values()):
-        raise ValueError(f"{path} holds weights that are not finite; train that stage again")
+        raise ValueError(f"{path} holds weights that are not finite; delete it and {again} makes it again")
 
 
 def load_run(folder):
@@ -779,12 +926,17 @@ def load_run(folder):
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        entries = load_file(str(folder / "codebook.safetensors"))["entries"]
+        entries = read_tensors(folder / "codebook.safetensors")["entries"]
         codebook = Codebook(entries, config["patch"])
+        numbers = ("jitter", "width", "layers", "heads", "clip_width", "seed", "eval_items", "eval_prompts")
+        for name, kind in {"data": str, "data_dir": str, **dict.fromkeys(numbers, int)}.items():
+            if not isinstance(config[name], kind):
+                raise ValueError(f"{name} in config.json is {config[name]!r}")
         return config, codebook, Vocabulary.load(folder, len(entries), codebook.side**2)
     except Exception as error:  # json, safetensors, tokenizers and the operating system raise many kinds
-        found = " ".join(str(error).split())[:120]
-        raise ValueError(f"{folder} is not a finished run ({found}); make one with `python train.py --out {folder}`") from error
+        found = " ".join(str(error).split())[:200]
+        way = f"python train.py --out {folder}"
+        raise ValueError(f"{folder} is not a finished run ({found}); make one with `{way}`, go on with `{way} --resume`") from error
 
 
 def load_clip(folder, name, vocab, config, device="cpu"):
@@ -832,7 +984,7 @@ def trained(out, **flags):
 
 def last_of(folder, column, share=0.25):
     """The mean of a column of metrics.csv over the last part of the steps that have it; None without any."""
-    values = [float(r[column]) for r in csv.DictReader((folder / "metrics.csv").open(encoding="utf-8")) if r.get(column)]
+    values = [float(r[column]) for r in read_log(folder / "metrics.csv") if r.get(column)]
     return float(np.mean(values[-max(1, round(share * len(values))) :])) if values else None
 
 
@@ -935,18 +1087,45 @@ def gradient_noise(run, groups=(2, 4, 8, 16), samples=128, repeats=8):
 # ---------------------------------------------------------------- the command line
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command in one line, and what was perhaps meant."""
+
+    def error(self, message):
+        """ValueError instead of the usage, which would push that line off the screen."""
+        word, *others = re.findall(r"[\w-]+", message.split(": ")[-1])
+        legal = self._option_string_actions if word.startswith("--") else others if "choice" in message else ()
+        near = get_close_matches(word, legal, 1)
+        raise ValueError(f"{message}; {f'did you mean {near[0]}?' if near else 'see'} --help")
+
+
+def give_up(program, error):
+    """End a command: what its user can mend is one line and exit status 2; any other error is ours and is raised again."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+        error = f"out of memory ({error}); lower --batch, --prompts, --group-size or --width"
+    elif not isinstance(error, (ValueError, OSError)):
+        raise error
+    sys.exit(print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr) or 2)
+
+
+def check_prompt(flag, text, vocab, most=64):
+    """ValueError unless a text has words, known ones, and not far more than any that was trained on."""
+    if not 0 < (n := len(vocab.encode(text))) <= most:
+        raise ValueError(f"{flag}: found {n} tokens, expected 1 to {most}; try a prompt such as \"a red circle left of a blue square\"")
+
+
 def draw(folder, prompt, out, name="aligned", temperature=0.5, guidance=0.0, seed=0, device="cpu"):
     """Draw one prompt with a trained run and save the picture, 8 times enlarged."""
     config, codebook, vocab = load_run(folder)
-    if not prompt.split():
-        raise ValueError("--draw: the prompt is empty; try \"a red circle left of a blue square\"")
+    check_prompt("--draw", prompt, vocab)
+    if not (temperature >= 0 and math.isfinite(temperature + guidance)):
+        raise ValueError(f"--temperature {temperature} --guidance {guidance}: expected numbers, the temperature 0 or more")
     model = load_model(folder, vocab, codebook, config, name, device)
     example = Example("draw", np.zeros((32, 32, 3), np.uint8), prompt, "")
     picture = Evaluator(model, vocab, codebook, None, None).outputs([example], temperature, guidance, seed)[0]
-    try:
-        Image.fromarray(picture).resize((256, 256), Image.Resampling.NEAREST).save(out)
-    except (OSError, ValueError) as error:  # ValueError: no picture format of that name
-        raise ValueError(f"--out {out}: cannot be written ({error}); name a .png file in a folder that exists") from error
+    if Path(out).suffix not in Image.registered_extensions():
+        raise ValueError(f"--out {out}: no kind of picture file is called so; name a .png file")
+    with atomically(out) as new:
+        Image.fromarray(picture).resize((256, 256), Image.Resampling.NEAREST).save(new)
     return picture
 
 
@@ -955,24 +1134,26 @@ def ask(folder, question, image, name="aligned", device="cpu"):
     config, codebook, vocab = load_run(folder)
     try:
         picture = np.asarray(Image.open(image).convert("RGB").resize((32, 32), Image.Resampling.NEAREST))
-    except OSError as error:
-        raise ValueError(f"--image {image}: cannot be read as a picture ({error})") from error
+    except Exception as error:  # Pillow raises many kinds
+        raise ValueError(f"--image {image}: cannot be read as a picture ({error}); name a .png file") from error
+    check_prompt("--ask", question, vocab)
     model = load_model(folder, vocab, codebook, config, name, device)
     task = "reason" if re.match(r"what \w+ is the (shape|thing) (left|right|above|below)", question) else "ask"
     return Evaluator(model, vocab, codebook, None, None).outputs([Example(task, picture, question, "")], 0.0)[0]
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", metavar="DIR", help="a run directory of train.py")
-    parser.add_argument("--compare", nargs="+", metavar="DIR", help="run directories: methods side by side, over seeds")
-    parser.add_argument("--ablate", choices=tuple(ABLATIONS), help="train variants from the base of --run [runs/lvrpo]; see runs/ablate")
+    do = parser.add_mutually_exclusive_group()
+    do.add_argument("--compare", nargs="+", metavar="DIR", help="run directories: methods side by side, over seeds")
+    do.add_argument("--ablate", choices=tuple(ABLATIONS), help="train variants from the base of --run [runs/lvrpo]; see runs/ablate")
+    do.add_argument("--draw", metavar="PROMPT", help="draw this")
+    do.add_argument("--ask", metavar="QUESTION", help="ask this about --image")
     parser.add_argument("--seeds", type=int, default=3, help="of --ablate [3]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time in --ablate, each with its share of the cores [1]")
     parser.add_argument("--json", metavar="FILE", help="write the numbers of --run there")
-    parser.add_argument("--draw", metavar="PROMPT", help="draw this")
     parser.add_argument("--out", metavar="FILE", default="picture.png", help="where --draw saves [picture.png]")
-    parser.add_argument("--ask", metavar="QUESTION", help="ask this about --image")
     parser.add_argument("--image", metavar="FILE", help="a picture for --ask")
     parser.add_argument("--model", choices=("base", "aligned"), default="aligned", help="before or after alignment [aligned]")
     parser.add_argument("--temperature", type=float, default=0.5, help="of --draw [0.5]")
@@ -980,6 +1161,9 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of --draw [0]")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu [auto]")
     args = parser.parse_args(argv)
+    for name, least in (("seeds", 1), ("jobs", 1), ("seed", 0)):
+        if not least <= getattr(args, name) < 2**63:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected {least} or more, below 2**63")
     if args.compare:
         return print(compare(args.compare))
     if args.ablate and not args.run:
@@ -1006,7 +1190,7 @@ def main(argv=None):
         config, codebook, vocab = load_run(args.run)
         stored = Path(args.run) / "eval.json"
         if stored.is_file():  # measured at the end of training: the same numbers
-            result = json.loads(stored.read_text(encoding="utf-8"))
+            result = read_result(args.run)
         else:
             models = {name: load_model(args.run, vocab, codebook, config, name, device) for name in ("base", "aligned")}
             draws = (Path(args.run) / "clip_report.safetensors").is_file()
@@ -1018,15 +1202,13 @@ def main(argv=None):
             result = {**next(iter(results.values())), **({"sources": results} if len(results) > 1 else {})}
             result["meta"] = {k: config[k] for k in ("preset", "method", "data", "seed")} | {"config": config}
         if args.json:
-            try:
-                Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-            except OSError as error:
-                raise ValueError(f"--json {args.json}: cannot be written ({error})") from error
+            with atomically(args.json) as new:
+                new.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
         print(tables(result))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(print(f"eval.py: {error}", file=sys.stderr) or 2)
+    except Exception as error:
+        give_up("eval.py", error)

@@ -19,13 +19,19 @@ Left out: dropout, biases, a second network for pictures (a trained autoencoder 
     $ python model.py       # PSNR of the codebook, parameters, sampled tokens a second; 5 seconds
 """
 
+import contextlib
+import hashlib
+import os
 import random
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors import torch as safetensors
 from torch import nn
 
 from data import EOS, PAD, Vocabulary, World
@@ -57,6 +63,60 @@ def matmul(a, b):
         if a.dtype == torch.bfloat16 and a.is_cuda:
             return torch.mm(a, b, out_dtype=torch.float32)
         return at_least_float32(a) @ at_least_float32(b)
+
+
+# ---------------------------------------------------------------- files that are whole or not there
+
+
+@contextlib.contextmanager
+def atomically(path):
+    """Where to write what shall stand at `path`: a file beside it, flushed, then renamed. A reader finds all of it or what was
+    there before, whenever this process dies; a failure leaves nothing behind and is a ValueError."""
+    path = Path(path)
+    plain = path.is_file() or not path.exists()  # else a pipe or a device, which cannot be replaced
+    new = path.with_name(f"writing-{path.name}") if plain else path
+    try:
+        yield new
+        if plain:
+            with open(new, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(new, path)
+    except OSError as error:
+        found = error.strerror or error
+        raise ValueError(f"{path}: cannot be written ({found}); make room, get permission, or name another place") from error
+    finally:
+        if plain:
+            new.unlink(missing_ok=True)
+
+
+def checksum(tensors):
+    """SHA-256 of a dict of tensors: names, types, shapes and bytes, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_atomically(tensors, path):
+    """Write a dict of tensors to a .safetensors file with its checksum. ValueError where that fails."""
+    tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    with atomically(path) as new:
+        new.write_bytes(safetensors.save(tensors, {"sha256": checksum(tensors)}))
+
+
+def read_tensors(path):
+    """The dict of tensors in a .safetensors file. ValueError unless they are the ones that were written there; a file from
+    elsewhere, without a checksum, is taken as it is."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            # clones: nothing may keep the file open, or Windows will not rename it
+            tensors, stored = {k: file.get_tensor(k).clone() for k in file.keys()}, (file.metadata() or {}).get("sha256")
+    except Exception as error:  # safetensors and the operating system raise many kinds
+        raise ValueError(f"{path} cannot be used ({' '.join(str(error).split())[:200]})") from error
+    if stored and stored != checksum(tensors):
+        raise ValueError(f"{path} cannot be used (its checksum is not that of what was written: it is damaged)")
+    return tensors
 
 
 # ---------------------------------------------------------------- pictures <-> codes

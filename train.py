@@ -59,10 +59,9 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 from PIL import Image, ImageDraw
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -81,7 +80,7 @@ from grpo import (
     rollout_loss,
 )
 from kernels import fused_linear_grpo_loss, selected_logprobs
-from model import Codebook, ModelConfig, Transformer, pick_device
+from model import Codebook, ModelConfig, Transformer, atomically, pick_device, read_tensors, save_atomically
 from reward import (
     CLIP,
     MIXES,
@@ -117,6 +116,7 @@ class Config:
     resume: bool = False  # go on in a run directory that exists
     seed: int = 0  # seeds weights, scenes and samples
     threads: int = 0  # CPU threads; 0 leaves torch's choice
+    deterministic: bool = False  # on a GPU: the same numbers every time, by slower kernels; a CPU gives them anyway
     # the world and its tokens
     patch: int = 8  # pixels a patch is wide: 8 gives 16 tokens a picture, 4 gives 64
     codes: int = 1024  # most entries the codebook may have
@@ -214,7 +214,7 @@ def clean_labels(rows, labelled=False):
 
 def parse_flags(argv=None):
     """Command line -> Config: a preset's values, overridden by every flag that was given; with --resume, those of the run."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = evaluation.Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     for f in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "choices": CHOICES.get(f.name)}
@@ -230,8 +230,9 @@ def resumed(given):
     if not path.exists():
         return make_config(**given)
     try:
-        stored = Config(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = make_config(**{k: v for k, v in stored.items() if k != "environment"})
+    except (ValueError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); start again with another --out") from error
     config = make_config(**{"method": stored.method, "preset": stored.preset, **given})
     for name in set(given) - set(here):
@@ -256,24 +257,25 @@ def make_config(**given):
                 "clip_width", "clip_lr", "grpo_steps", "prompts", "epochs", "grpo_lr", "temperature", "max_kl", "eval_items",
                 "eval_prompts")  # fmt: skip
     stages = STAGES[c.method]
-    checks = [(getattr(c, n) > 0, n, "more than 0") for n in positive] + [
+    checks = [(0 < getattr(c, n) < math.inf, n, "more than 0") for n in positive] + [
         (c.patch in (4, 8, 16), "patch", "4, 8 or 16"),
         (c.jitter in (0, 1), "jitter", "0 or 1"),
         (c.group_size > 1, "group_size", "at least 2"),
-        (c.kl_coef >= 0, "kl_coef", "0 or more"),
-        (c.ptx_coef >= 0, "ptx_coef", "0 or more"),
+        (0 <= c.kl_coef < math.inf, "kl_coef", "0 or more"),
+        (0 <= c.ptx_coef < math.inf, "ptx_coef", "0 or more"),
         (0 < c.clip_low < 1, "clip_low", "between 0 and 1"),
-        (c.clip_high > 0, "clip_high", "more than 0"),
+        (0 < c.clip_high < math.inf, "clip_high", "more than 0"),
         (c.width % (2 * c.heads) == 0, "width", f"a multiple of 2 x heads = {2 * c.heads}"),
         (c.clip_width % 8 == 0, "clip_width", "a multiple of 8"),
-        (c.seed >= 0, "seed", "0 or more"),
-        (c.threads >= 0, "threads", "0 or more"),
+        (0 <= c.seed < 2**63, "seed", "0 or more, below 2**63"),
+        (0 <= c.threads <= 1024, "threads", "0 to 1024"),
         (c.extra_steps >= 0, "extra_steps", "0 or more"),
         (c.pairs >= 2, "pairs", "2 or more"),
         (c.preference_steps > 0, "preference_steps", "more than 0"),
         (c.pair_limit >= 0, "pair_limit", "0 or more"),
-        (c.fitting_steps >= 0, "fitting_steps", "0 or more"),
-        (set(c.data.split(",")) <= set(SOURCES), "data", f"names from {', '.join(SOURCES)}, comma-separated"),
+        (0 <= c.fitting_steps < math.inf, "fitting_steps", "0 or more"),
+        (set(c.data.split(",")) <= set(SOURCES) and len(set(c.data.split(","))) == c.data.count(",") + 1, "data",
+         f"names from {', '.join(SOURCES)}, comma-separated, each once"),
         (set(c.tasks.split(",")) <= set(TASK_MIX), "tasks", f"all, or names from {', '.join(TASK_MIX)}, comma-separated"),
         (bool(set(c.tasks.split(",")) & set(GRPO_TASKS)), "tasks", "a task beside text, which nothing rewards"),
         ("draw" in c.tasks.split(",") or not {"story", "plan"} & set(c.tasks.split(",")), "tasks", "draw beside story and plan"),
@@ -290,15 +292,6 @@ def make_config(**given):
 # ---------------------------------------------------------------- the run directory
 
 
-def save_atomically(tensors, path, **metadata):
-    """Write a .safetensors file under a temporary name, flush it, rename it: a reader sees all of it or nothing."""
-    temporary = path.with_suffix(".tmp")
-    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, str(temporary), {k: str(v) for k, v in metadata.items()})
-    with open(temporary, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
 class Log:
     """metrics.csv, one row a step, reproducible; and timing.csv, which is not. Opening it at (stage, step) drops later rows."""
 
@@ -306,8 +299,7 @@ class Log:
         self.files = {}
         for name in ("metrics", "timing"):
             path = folder / f"{name}.csv"
-            rows = list(csv.DictReader(path.open(newline="", encoding="utf-8"))) if path.exists() else []
-            self.files[name] = [path, [r for r in rows if r["stage"] != stage or int(r["step"]) < step]]
+            self.files[name] = [path, [r for r in evaluation.read_log(path) if r["stage"] != stage or int(r["step"]) < step]]
             self._write(name)
 
     def add(self, name, row):
@@ -326,14 +318,17 @@ class Log:
         columns = list(dict.fromkeys(k for r in rows for k in r))
         for i, r in enumerate(rows):
             rows[i] = {k: r.get(k, "") for k in columns}
-        with path.open("w", newline="", encoding="utf-8") as f:
+        with atomically(path) as new, new.open("w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, columns)
             writer.writeheader()
             writer.writerows(rows)
 
 
-class Stopped(Exception):
-    """Training ended early, for a reason that the message tells; `status` is the exit status."""
+SAVE_SECONDS = 60  # between two states of a stage: what a crash costs
+
+
+class Stopped(BaseException):
+    """Training ended early, for a reason that the message tells; `status` is the exit status. No handler of errors may swallow it."""
 
     def __init__(self, message, status=1):
         super().__init__(message)
@@ -389,9 +384,9 @@ def schedule(step, steps, warmup=30, decay=0.4):
     return min(1.0, (step + 1) / min(warmup, max(steps / 10, 1)), (steps - step) / (decay * steps))
 
 
-def flat_state(model, optimizers):
-    """Weights and optimizer state as one flat dict of tensors, for one .safetensors file."""
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+def flat_state(model, optimizers, progress):
+    """Weights, optimizer state and progress, a list of integers, as one flat dict of tensors, for one .safetensors file."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {"progress": torch.tensor(progress)}
     for i, optimizer in enumerate(optimizers):
         for p, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{p}.{k}": torch.as_tensor(v) for k, v in state.items()}
@@ -399,10 +394,9 @@ def flat_state(model, optimizers):
 
 
 def load_state(model, optimizers, path):
-    """The reverse of flat_state; returns the step to go on with."""
-    with safe_open(str(path), "pt") as f:
-        step = int(f.metadata()["step"])
-    tensors = load_file(str(path))
+    """The reverse of flat_state; returns the progress."""
+    tensors = read_tensors(path)
+    progress = tensors["progress"].tolist()
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     for i, optimizer in enumerate(optimizers):
         state = {}
@@ -411,7 +405,32 @@ def load_state(model, optimizers, path):
                 p, name = k.split(".", 3)[2:]
                 state.setdefault(int(p), {})[name] = v
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return step
+    return progress
+
+
+def save_state(model, optimizers, progress, path):
+    """Keep this state and the one before."""
+    if path.exists():
+        os.replace(path, path.with_suffix(".previous"))
+    save_atomically(flat_state(model, optimizers, progress), path)
+
+
+def newest_state(model, optimizers, path):
+    """Load the newer of the two states kept that is whole; returns its progress, None if there is none. ValueError if they are damaged."""
+    damaged = None
+    for kept in (path, path.with_suffix(".previous")):
+        if kept.exists():
+            try:
+                progress = load_state(model, optimizers, kept)
+            except (ValueError, KeyError, RuntimeError) as error:  # the last two: other names or shapes
+                damaged = str(error) if isinstance(error, ValueError) else f"{kept} is of another configuration"
+                print(f"{damaged}; the state before it is looked for")
+            else:
+                os.replace(kept, path)  # or the next one saved would push it out and keep the damaged one
+                return progress
+    if damaged:
+        raise ValueError(f"{damaged}, nor is there a whole one before it; delete it to run its stage again")
+    return None
 
 
 class Trainer:
@@ -421,10 +440,19 @@ class Trainer:
         self.config, self.folder = config, Path(config.out)
         if config.threads:
             torch.set_num_threads(config.threads)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA's matrix products ask for it
+            torch.use_deterministic_algorithms(True)
         self.device, self.dtype, self.reason = pick_device(config.device)
         self.sources = make_sources(config.data, config.data_dir, config.jitter, config.download, config.tasks.split(","))
         self.captioned = [s for s in self.sources if CAPTIONED & set(s.tasks)]  # the key rewards the others
         self.interrupted, self.learning = None, False
+
+    def save_config(self):
+        """config.json: every setting, and what else a second run needs to give the same numbers."""
+        known = describe(self.config)
+        here = {"device": self.reason, "threads": torch.get_num_threads()} | {k: known[k] for k in ("commit", "machine", "versions")}
+        write_json(self.folder / "config.json", dataclasses.asdict(self.config) | {"environment": here})
 
     def rng(self, *place):
         return random.Random("/".join(map(str, (self.config.seed, *place))))
@@ -437,18 +465,15 @@ class Trainer:
         return evaluation.judges(vars(self.config), self.sources)
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
     def optimise(self, stage, model, steps, lr, losses, after=None):
         """Train `model` for `steps`. losses(step) yields {name: loss} once for every optimizer update, after it filled a
         dict of metrics that it yields beside it. `after(step)` may look at the model. Resumes, logs, guards, saves."""
-        c, optimizers = self.config, make_optimizers(model, lr)
-        path, first, skipped, diverged = self.folder / f"state_{stage}.safetensors", 0, 0, 0
-        if path.exists():
-            try:
-                first = load_state(model, optimizers, path)
-            except Exception as error:  # safetensors, torch and the operating system raise many kinds
-                raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())[:100]}); delete it to run {stage} again") from error
+        optimizers, path = make_optimizers(model, lr), self.folder / f"state_{stage}.safetensors"
+        progress = newest_state(model, optimizers, path)
+        first, skipped, *counts = progress or (0, 0, 0, 0)
+        if progress:
             print(f"{stage}: goes on at step {first}")
         log, saved = Log(self.folder, stage, first), time.monotonic()
         pace = 1 if sys.stderr.isatty() else 15  # seconds between two states of the bar; a log file wants few
@@ -483,18 +508,29 @@ class Trainer:
             log.add("timing", {"stage": stage, "step": step, "seconds": time.perf_counter() - start, **seconds, **self.memory(),
                                **({"operations": counter.get_total_flops()} if counted else {})})  # fmt: skip
             bar.set_postfix({k: f"{row[k]:.3g}" for k in ("loss", "reward_draw", "reward_ask", "kl_draw", "r1") if k in row}, refresh=False)
-            diverged = diverged + 1 if max((v for k, v in row.items() if k.startswith("kl_")), default=0) > c.max_kl else 0
-            if diverged == 5:
-                raise Stopped(f"{stage}: the KL to the base passed {c.max_kl} nats a token for five steps, last at step {step}; raise "
-                              f"--kl-coef or lower --grpo-lr, from the same base: --base {self.folder} --out NEW")  # fmt: skip
-            if self.interrupted or time.monotonic() - saved > 60:
-                save_atomically(flat_state(model, optimizers), path, step=step + 1)
+            counts = self.guard(stage, step, row, *counts)
+            if self.interrupted or (time.monotonic() - saved > SAVE_SECONDS and not counts[0]):
+                save_state(model, optimizers, [step + 1, skipped, *counts], path)
                 saved = time.monotonic()
             if self.interrupted:
                 go_on = f"go on with: python train.py --resume --out {self.folder}"
                 raise Stopped(f"interrupted in {stage} at step {step + 1}; {go_on}", 128 + self.interrupted)
         self.learning = False
         return model
+
+    def guard(self, stage, step, row, diverged, idle):
+        """How many steps on end a KL has been out of range, and no group has had a spread. Stopped after five, and after twenty."""
+        kl, equal = ([v for k, v in row.items() if k.startswith(prefix)] for prefix in ("kl_", "zero_spread_"))
+        diverged = diverged + 1 if any(not v <= self.config.max_kl for v in kl) else 0  # not a number is out of range too
+        idle = idle + 1 if equal and min(equal) == 1 else 0
+        again = f"from the same base: --base {self.folder} --out NEW"
+        if diverged == 5:
+            raise Stopped(f"{stage}: the KL to the base passed {self.config.max_kl} nats a token for five steps, last at step {step}; "
+                          f"raise --kl-coef or lower --grpo-lr, {again}")  # fmt: skip
+        if idle == 20:
+            raise Stopped(f"{stage}: for twenty steps, last at step {step}, all candidates of a prompt had equal rewards: there is nothing "
+                          f"to learn; train the base for longer, or try another --reward or a higher --temperature, {again}")  # fmt: skip
+        return diverged, idle
 
     @staticmethod
     def backward(model, parts):
@@ -624,7 +660,7 @@ class Trainer:
         model, c = self.policy("base"), self.config
         if not c.extra_steps:  # as many steps as fit its seconds, by how much slower than a plain one a step is here and now
             c.extra_steps = max(1, round(c.fitting_steps / self.slowness(stage, how)))
-            write_json(self.folder / "config.json", dataclasses.asdict(c))
+            self.save_config()
             print(f"{stage}: {c.extra_steps} further steps")
         self.optimise(stage, model, c.extra_steps, c.lr, self.next_token_losses(stage, model, **how))
         save_atomically(model.state_dict(), self.folder / "aligned.safetensors")
@@ -665,7 +701,7 @@ class Trainer:
 
     def best_stage(self):
         """Best-of-N learns nothing: the reward chooses among N candidates when the model is asked."""
-        shutil.copy(self.folder / "base.safetensors", self.folder / "aligned.safetensors")
+        save_atomically(self.policy("base").state_dict(), self.folder / "aligned.safetensors")
 
     def rewards(self, mix=None):
         """The rewards of --reward, or of another mix."""
@@ -686,6 +722,8 @@ class Trainer:
         reports = c.clip_steps * 2 // 5  # clean pairs teach faster
         for stage, steps, noise, pools, held_out, longest in (
             ("clip", c.clip_steps, NOISE, ("paired",), True, 2), ("clip_report", reports, None, everything, False, 3)):  # fmt: skip
+            if (self.folder / f"{stage}.safetensors").exists():
+                continue  # an interrupted stage goes on with the second
             torch.manual_seed(self.rng(stage).getrandbits(60))
             clip = CLIP(self.vocab.n_text, c.patch, width=c.clip_width).to(self.device)
 
@@ -837,7 +875,9 @@ class Trainer:
         save_atomically(policy.state_dict(), self.folder / "aligned.safetensors")
 
     def advantages(self, r, weights):
-        """(N,) advantages of a rollout by --advantage and --scale."""
+        """(N,) advantages of a rollout by --advantage and --scale; a reward that is not finite makes them so: the step is skipped."""
+        if not r.rewards.isfinite().all():
+            return torch.full_like(r.rewards, math.nan).flatten()
         if self.config.advantage == "mean":
             return group_advantages(r.rewards, self.config.scale).flatten()
         if self.config.advantage == "pairwise":
@@ -913,7 +953,7 @@ class Trainer:
                 rewards=self.rewards() if c.method == "best" else None, known=known.get(source.name))  # fmt: skip
             results[source.name], items[source.name] = result, result.pop("items")
             print(f"\n{source.name}\n{evaluation.table(result)}")
-        warnings = health(self.folder)
+        warnings = [check["says"] for check in evaluation.health(self.folder) if check["mark"] != "green"]
         print("\n".join(f"health: {warning}" for warning in warnings))
         before, after = (self.draw_samples(model, name) for name, model in models.items())
         both = [(prompt, np.concatenate((a[:4], b[:4])), [*x[:4], *y[:4]]) for (prompt, a, x), (_, b, y) in zip(before, after)]
@@ -933,7 +973,8 @@ class Trainer:
         out = first | {"sources": results, "meta": meta} if len(results) > 1 else first | {"meta": meta}
         (self.folder / "items.json").write_text(json.dumps(items), encoding="utf-8")
         write_json(self.folder / "eval.json", out)
-        (self.folder / "report.html").write_text(evaluation.report(self.folder), encoding="utf-8")
+        with atomically(self.folder / "report.html") as new:  # the last file of a run
+            new.write_text(evaluation.report(self.folder), encoding="utf-8")
 
     def base_results(self):
         """What the run of --base measured, by source, if it measured the same base on the same scenes; else {}."""
@@ -948,21 +989,24 @@ class Trainer:
     def run(self):
         """Every stage whose result is not there yet, in order."""
         c = self.config
-        done = {"codebook": "codebook.safetensors", "pretrain": "base.safetensors", "clip": "reward_validity.json",
-                "preference": "preference_validity.json", "eval": "eval.json"}  # fmt: skip
+        clips = ("clip.safetensors", "clip_report.safetensors") if self.captioned else ()
+        done = {"codebook": ("tokenizer.json", "words.json", "codebook.safetensors"), "pretrain": ("base.safetensors",),
+                "clip": (*clips, "reward_validity.json"),
+                "preference": ("preference.safetensors", "preference_validity.json"), "eval": ("eval.json", "report.html")}  # fmt: skip
         every = [s for s in STAGES[c.method] if s != "preference" or (c.reward != "rule" and c.method not in MORE and self.captioned)]
         wanted = every if c.stage == "all" else [s for s in STAGES[c.method] if s in c.stage.split(",")]
         for stage in wanted:
-            if (self.folder / done.get(stage, "aligned.safetensors")).exists() and not (c.stage != "all" and stage == "eval"):
+            there = all((self.folder / name).exists() for name in done.get(stage, ("aligned.safetensors",)))
+            if there and not (c.stage != "all" and stage == "eval"):
                 print(f"{stage}: already there")
-                continue
-            if stage != "codebook":
-                self.load_tokens()
-            start = time.perf_counter()
-            getattr(self, f"{stage}_stage")()
-            for state in self.folder.glob(f"state_{stage}*.safetensors"):  # clip has two
+            else:
+                if stage != "codebook":
+                    self.load_tokens()
+                start = time.perf_counter()
+                getattr(self, f"{stage}_stage")()
+                print(f"{stage}: {time.perf_counter() - start:.0f} s", flush=True)
+            for state in self.folder.glob(f"*state_{stage}*"):  # clip has two, and a killed run may leave half a one
                 state.unlink()
-            print(f"{stage}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 # ---------------------------------------------------------------- pictures and files of a run
@@ -994,9 +1038,9 @@ def curves(folder):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    if not (folder / "metrics.csv").exists():
+    rows = evaluation.read_log(folder / "metrics.csv")
+    if not rows:
         return  # nothing was learned here
-    rows = list(csv.DictReader((folder / "metrics.csv").open(encoding="utf-8")))
     sampling = ("grpo", "reject", "dpo")
     panels = {  # title: (stages, columns by prefix)
         "next-token loss": (("pretrain", *MORE_STAGES), ("loss",)),
@@ -1032,47 +1076,16 @@ def curves(folder):
 
 
 def write_json(path, value):
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
+    with atomically(path) as new:
+        new.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def stage_seconds(folder):
     """Seconds that each stage spent in its steps, from timing.csv."""
     seconds = {}
-    if (folder / "timing.csv").exists():
-        for r in csv.DictReader((folder / "timing.csv").open(encoding="utf-8")):
-            seconds[r["stage"]] = seconds.get(r["stage"], 0.0) + float(r["seconds"])
+    for r in evaluation.read_log(folder / "timing.csv"):
+        seconds[r["stage"]] = seconds.get(r["stage"], 0.0) + float(r["seconds"])
     return {k: round(v, 1) for k, v in seconds.items()}
-
-
-def health(folder):
-    """What should worry a reader of an aligned run, by its metrics.csv and by what the reward made of the aligned model's
-    drawings: a list of sentences, empty when all is well."""
-    path, found = folder / "metrics.csv", []
-    rows = csv.DictReader(path.open(encoding="utf-8")) if path.exists() else ()
-    log = [r for r in rows if any(v for k, v in r.items() if k.startswith("reward_"))]
-
-    def ends(column, share):
-        """Means of the first and of the last share of a column's values."""
-        values = [float(r[column]) for r in log if r.get(column)]
-        n = max(1, round(share * len(values)))
-        return (np.mean(values[:n]), np.mean(values[-n:])) if values else (math.nan, math.nan)
-
-    (reward, rewarded), (before, after), (varied, left) = ends("reward_draw", 0.1), ends("val_compose", 0.01), ends("val_diversity", 0.01)
-    rises = f"the reward of drawings rose from {reward:.2f} to {rewarded:.2f}"
-    if rewarded > reward and after < before - 0.1:
-        found.append(f"{rises} while the judge's score fell from {before:.2f} to {after:.2f}: the reward is being hacked")
-    if rewarded > reward and left < 0.6 * varied:
-        found.append(f"{rises} while the share of distinct pictures fell from {varied:.2f} to {left:.2f}: the policy collapses")
-    for task in GRPO_TASKS:
-        if (idle := ends(f"zero_spread_{task}", 0.25)[1]) > 0.9:
-            found.append(f"{idle:.0%} of the last groups to {task} have no spread: nothing is left to learn there, or nothing succeeds")
-    path = folder / "reward_validity_aligned.json"
-    for what, share in json.loads(path.read_text(encoding="utf-8")).items() if path.exists() else ():
-        if share < 0.85 and len(what.split()) == 3:
-            found.append(f"the reward sees only {share:.0%} of the faults of this kind in the aligned model's drawings: {what}")
-    return found
 
 
 def ledger(folder):
@@ -1081,8 +1094,7 @@ def ledger(folder):
     on a CPU)."""
     used = {}
     for name in ("metrics", "timing"):
-        path = folder / f"{name}.csv"
-        for r in csv.DictReader(path.open(encoding="utf-8")) if path.exists() else ():
+        for r in evaluation.read_log(folder / f"{name}.csv"):
             stage = used.setdefault(r["stage"], dict.fromkeys(("steps", "seconds", "tokens", "labels", "pairs", "operations"), 0))
             stage["steps"] += name == "metrics"
             for k in ("seconds", "tokens", "ptx_tokens", "labels", "pairs"):
@@ -1102,7 +1114,7 @@ def describe(config):
         commit = ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     machine = f"{gpu or platform.processor() or platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, np, tokenizers)}
     return {name: getattr(config, name) for name in ("preset", "method", "data", "seed")} | {
         "commit": commit, "machine": machine, "command": "python " + " ".join(sys.argv), "versions": versions,
         "noise": NOISE, "config": dataclasses.asdict(config)}  # fmt: skip
@@ -1119,7 +1131,12 @@ def take_over(config, folder):
     for name in kept:
         if not (base / name).is_file():
             raise ValueError(f"--base {base}: {name} is not there; train it first with `python train.py --out {base}`")
-    theirs = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    theirs = evaluation.load_run(base)[0]
+    try:
+        for path in (base / name for name in kept if name.endswith("safetensors")):
+            read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"--base {base}: {error}; train it again, with another --out") from error
     shape = ("data", "tasks", "patch", "codes", "jitter", "width", "layers", "heads", "clip_width")
     different = [f"{n} {theirs.get(n)} (here {getattr(config, n)})" for n in shape if theirs.get(n) != getattr(config, n)]
     if different:
@@ -1141,29 +1158,37 @@ def main(config):
     saved = folder / "config.json"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder}: is a file; name a folder")
-    if saved.exists() and not config.resume:
-        raise ValueError(f"{folder} already holds a run: add --resume to go on with it, or choose another --out")
+    held = [name for name in ("config.json", "eval.json", "metrics.csv") if (folder / name).exists()]
+    if held and not config.resume:
+        raise ValueError(f"{folder} already holds a run ({held[0]}): add --resume to go on with it, or choose another --out")
     if config.resume and not saved.exists():
         raise ValueError(f"{folder} holds no run to resume; leave --resume out, or name another --out")
-    trainer = Trainer(config)
-    print(trainer.reason)
-    if not saved.exists():
-        if config.base:
-            take_over(config, folder)
-        elif config.method in MORE and not (config.extra_steps or config.fitting_steps):
-            raise ValueError(f"--method {config.method} needs --base RUN (it gets the seconds that lvrpo took there) or --extra-steps")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(saved, dataclasses.asdict(config))
+    if not (config.resume or config.base or config.stage == "all" or "codebook" in config.stage.split(",")):
+        raise ValueError(f"--stage {config.stage}: a new run begins with codebook; add --base RUN, or --resume to go on with a run")
+    if config.method in MORE and not (config.base or config.extra_steps or config.fitting_steps):
+        raise ValueError(f"--method {config.method} needs --base RUN (it gets the seconds that lvrpo took there) or --extra-steps")
+    trainer = None
 
     def stop(number, frame):
-        if trainer.learning and not trainer.interrupted:
+        if trainer and trainer.learning and not trainer.interrupted:
             trainer.interrupted = number  # the loop ends this step, saves and says how to go on
         else:
-            raise Stopped(f"interrupted; go on with: python train.py --resume --out {folder}", 128 + number)
+            way = f"go on with: python train.py --resume --out {folder}" if saved.exists() else "nothing had begun"
+            raise Stopped(f"interrupted; {way}", 128 + number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        trainer = Trainer(config)
+        print(trainer.reason)
+        if not saved.exists():
+            if config.base:
+                take_over(config, folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            trainer.save_config()
         trainer.run()
+    except OSError as error:
+        raise ValueError(f"{error.filename or folder}: {error.strerror or error}; make room or get permission there and go on with: "
+                         f"python train.py --resume --out {folder}; or choose another --out") from error  # fmt: skip
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -1173,7 +1198,7 @@ def main(config):
 if __name__ == "__main__":
     try:
         main(parse_flags())
-    except (ValueError, OSError) as error:
-        sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
     except Stopped as stopped:
         sys.exit(print(f"train.py: {stopped}", file=sys.stderr) or stopped.status)
+    except Exception as error:
+        evaluation.give_up("train.py", error)

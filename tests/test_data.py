@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORLD
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
@@ -858,3 +858,33 @@ def test_boxes_of_real_rows_come_in_every_order(asked):
     (e, *_) = nlvr.splits["train"]
     orders = {tuple(box[0, 0].argmax() for box in nlvr.shuffled(rng, e).picture) for _ in range(100)}
     assert len(orders) == 6 and e.picture[0, 0, 0].tolist() == [255, 0, 0]
+# ---------------------------------------------------------------- any batch
+
+
+def test_any_batch_is_its_rows_one_by_one_and_chooses_exactly_what_its_mask_scores(vocab, codebook):
+    tasks, pools = st.sampled_from(World.tasks), st.sampled_from(("paired", "three"))
+
+    @settings(max_examples=25)
+    @given(st.lists(st.tuples(tasks, pools), min_size=1, max_size=5), st.integers(0, 10**6))
+    def holds_for(rows, seed):
+        rng = random.Random(seed)
+        examples = [World().example(rng, task, pool, NOISE) for task, pool in rows]
+        codes = codebook.encode(np.stack([e.picture for e in examples]))
+        batch = vocab.batch(examples, codes)
+        given_, chosen, mask = batch.tokens >= 0, batch.tokens < 0, batch.mask
+        assert (batch.tokens == batch.target)[given_].all() and (mask == chosen & (batch.target != PAD)).all()
+        assert ((batch.lo <= batch.target) & (batch.target < batch.hi))[mask].all()
+        assert (batch.patch >= 0).sum(1).tolist() == [0 if e.task == "text" else vocab.n_patches for e in examples]
+        for e, row in zip(examples, range(len(examples))):
+            alone = vocab.batch([e], codes[row : row + 1])
+            length = alone.tokens.shape[1]
+            for together, one, fill in zip(batch, alone, (PAD, PAD, 0, vocab.size, -1)):
+                assert (together[row, :length] == one[0]).all() and (together[row, length:] == fill).all()
+            answer = batch.target[row][mask[row]]
+            said = e.answer if e.task != "draw" else ""
+            assert vocab.decode(answer) == said and (e.task == "draw" or answer[-1] == EOS)
+            assert e.task != "draw" or (answer - vocab.n_text == codes[row]).all()
+        trimmed = batch.trim()
+        assert trimmed.mask.sum() == mask.sum() and (trimmed.target == batch.target[:, : trimmed.target.shape[1]]).all()
+
+    holds_for()

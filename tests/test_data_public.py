@@ -9,6 +9,8 @@ import json
 import os
 import random
 import re
+import signal
+import socket
 import struct
 import tarfile
 import threading
@@ -252,12 +254,17 @@ def test_an_unknown_split_is_told_the_legal_ones(tiny, name):
 
 @pytest.fixture
 def server(monkeypatch):
-    """Where all addresses lead: answers `pages`, path -> body or (body, the length it claims), all else with 404."""
-    pages = {}
+    """Where all addresses lead: answers `pages`, path -> body, (body, the length it claims) or what the handler shall do, all else
+    with 404."""
+    pages, over = {}, threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
+        tests_end = over
+
         def do_GET(self):
             page = pages.get(self.path)
+            if callable(page):
+                return page(self)
             body, length = page if isinstance(page, tuple) else (page or b"", len(page or b""))
             self.send_response(404 if page is None else 200)
             if length is not None:
@@ -275,6 +282,7 @@ def server(monkeypatch):
     for name in data.ADDRESSES:
         monkeypatch.setitem(data.ADDRESSES, name, f"http://127.0.0.1:{http.server_port}/{name}")
     yield pages
+    over.set()
     http.shutdown()
     http.server_close()
     thread.join()
@@ -359,6 +367,84 @@ def test_a_failed_download_is_one_line_and_leaves_nothing_behind(served_fashion,
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def says(status, body=b"", **headers):
+    def answer(handler):
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return answer
+
+
+def stalls(handler):
+    says(200, b"\x1f\x8b", Content_Length="1000")(handler)
+    handler.tests_end.wait(20)  # the client hangs up long before
+
+
+def cuts(handler):
+    says(200, b"\x1f\x8b", Content_Length="1000")(handler)
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing is a reset
+    handler.connection.close()
+
+
+def is_endless(handler):
+    says(200)(handler)
+    try:
+        while True:
+            handler.wfile.write(bytes(1 << 16))
+    except OSError:  # the client has had enough
+        handler.close_connection = True
+
+
+SERVERS = {  # what a server does: (its answer, what the line says)
+    "stalls": (stalls, "timed out"), "cuts": (cuts, "Connection reset|IncompleteRead"),
+    "fails": (says(500), "HTTP Error 500"), "is busy": (says(503), "HTTP Error 503"), "forbids": (says(403), "HTTP Error 403"),
+    "claims less": (says(200, b"more than that", Content_Length="4"), "found MD5 .*, expected"),
+    "claims more": (says(200, b"less", Content_Length="400"), "found 4 bytes, expected 400|IncompleteRead"),
+    "claims nonsense": (says(200, b"some", Content_Length="many"), "invalid literal|found MD5"),
+    "sends a page": (says(200, b"<html>log in</html>"), "found MD5 .*, expected"), "sends nothing": (says(200), "found MD5 .*, expected"),
+    "points to a file": (says(302, Location="file:///etc/passwd"), "not allowed|HTTP Error 302"),
+    "points to itself": (says(302, Location="/fashion_mnist/t10k-labels-idx1-ubyte.gz"), "infinite loop"),
+    "is endless": (is_endless, "found more than 200000 bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_server_that_misbehaves_is_one_line_that_names_the_file_and_leaves_nothing_behind(served_fashion, tmp_path, monkeypatch, name):
+    served_fashion[LAST], found = SERVERS[name]
+    monkeypatch.setattr(data, "STALLED", 0.2)
+    monkeypatch.setattr(data, "DOWNLOAD_LIMIT", 200_000)
+    message = one_line(data.download, "fashion_mnist", tmp_path / "new")
+    assert LAST in message and re.search(found, message), message
+    assert "; try again later, or put the official files at" in message and list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_download_that_is_interrupted_leaves_nothing_behind_and_can_be_repeated(served_fashion, tmp_path):
+    def interrupts(handler):
+        raise_in_main.set()
+        handler.tests_end.wait(20)
+
+    raise_in_main, good = threading.Event(), served_fashion[LAST]
+    served_fashion[LAST] = interrupts
+    main = threading.main_thread().ident
+
+    def interrupt():
+        raise_in_main.wait(20)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        data.download("fashion_mnist", tmp_path / "new")
+    thread.join()
+    assert list((tmp_path / "new").iterdir()) == []
+    served_fashion[LAST] = good
+    data.download("fashion_mnist", tmp_path / "new")
+    assert len(list((tmp_path / "new/fashion_mnist").iterdir())) == 4
+
+
 NOISE = np.random.default_rng(0).integers(0, 256, (9, 5000), np.uint8)  # so that packing does not shrink it
 GOOD = {f"a-master/exp_shapes/data/{n}": bytes(NOISE[n]) for n in range(9)}
 PACKED = tar(GOOD)
@@ -377,6 +463,11 @@ PACKED = tar(GOOD)
     (tar(GOOD | {"/tmp/evil": b"x"}), "unsafe path .*evil"),
     (tar(GOOD | {"a-master/exp_shapes/data/C:/evil": b"x"}), "drive name .*evil"),
     (tar(GOOD, "a-master/exp_shapes/data/evil"), "link.*evil"),
+    (tar(GOOD, "a-master/exp_shapes/data/evil", tarfile.LNKTYPE), "link.*evil"),
+    (tar(GOOD, "a-master/exp_shapes/data/evil", tarfile.FIFOTYPE), "link.*evil"),
+    (tar(GOOD, "a-master/exp_shapes/data/evil", tarfile.CHRTYPE), "link.*evil"),
+    (tar(GOOD | {"a-master/exp_shapes/data/0/evil": b"x"}), "exists|Not a directory"),
+    (tar(GOOD | {f"a-master/exp_shapes/data/{'x' * 300}": b"x"}), "too long"),
 ])  # fmt: skip
 def test_a_bad_archive_is_one_line_and_leaves_nothing_behind(server, tmp_path, page, says):
     server["/shapes"] = page

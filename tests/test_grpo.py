@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import example
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import grpo
 from data import IMAGE, SPECIAL, TEMPLATES, World, pictures_of
@@ -120,6 +122,72 @@ def test_normalize_then_sum_ignores_the_unit_of_a_reward_and_sum_then_normalize_
     whitened = (total - total.mean()) / (total.std() + 1e-4)
     torch.testing.assert_close(combine_rewards({"a": a, "b": b}, weights, "normalize_then_sum"), whitened)
     torch.testing.assert_close(combine_rewards({"a": a, "b": b}, weights), group_advantages(a + 2 * b))
+
+
+# ---------------------------------------------------------------- any rewards
+
+
+groups = st.tuples(st.integers(1, 4), st.integers(2, 6)).flatmap(lambda shape: st.lists(
+    st.lists(st.floats(-9, 9, width=32), min_size=shape[1], max_size=shape[1]), min_size=shape[0], max_size=shape[0]))  # fmt: skip
+OPINIONS = {"group": group_advantages, "batch": lambda r: group_advantages(r, "batch"), "none": lambda r: group_advantages(r, "none"),
+            "pairwise": pairwise_advantages, "one reward": lambda r: combine_rewards({"a": r}, {"a": 1.0}),
+            "parts": lambda r: combine_rewards({"a": r, "b": r.flip(1)}, {"a": 1.0, "b": 0.5}, "normalize_then_sum")}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPINIONS)
+@settings(max_examples=20)
+@given(rewards=groups, seed=st.integers(0, 999))
+def test_any_advantages_sum_to_zero_in_their_group_and_depend_on_differences_alone(name, rewards, seed):
+    r, g, opinion = torch.tensor(rewards, dtype=F64), torch.Generator().manual_seed(seed), OPINIONS[name]
+    a = opinion(r)
+    assert a.shape == r.shape and a.isfinite().all() and torch.allclose(a.sum(1), torch.zeros(len(r), dtype=F64), atol=1e-6)
+    same = {"atol": 1e-6, "rtol": 1e-6}
+    if name in ("group", "none", "pairwise"):  # each group for itself
+        assert torch.allclose(opinion(r + torch.randn(len(r), 1, generator=g, dtype=F64)), a, **same)
+    assert torch.allclose(opinion(r + 5.0), a, **same)
+    order = torch.randperm(len(r), generator=g)
+    assert torch.allclose(opinion(r[order]), a[order], **same)
+    if name != "parts":  # whose second reward is the first one flipped
+        order = torch.randperm(r.shape[1], generator=g)
+        assert torch.allclose(opinion(r[:, order]), a[:, order], **same)
+        assert ((a[:, :, None] - a[:, None, :]) * (r[:, :, None] - r[:, None, :]) >= -1e-9).all()  # the order of a group is kept
+
+
+@settings(max_examples=20)
+@given(rewards=groups, unit=st.floats(0.5, 20.0), weight=st.floats(0.1, 3.0))
+def test_with_normalize_then_sum_neither_the_unit_of_any_reward_nor_that_of_the_weights_matters(rewards, unit, weight):
+    r = torch.tensor(rewards, dtype=F64).round() * 2  # spreads are 0 or far above eps
+    both, how = {"a": r, "b": r.roll(1, 1)}, "normalize_then_sum"
+    a = combine_rewards(both, {"a": 1.0, "b": 2.0}, how, eps=1e-9)
+    assert torch.allclose(combine_rewards(both | {"a": unit * r}, {"a": 1.0, "b": 2.0}, how, eps=1e-9), a, atol=1e-4)
+    assert torch.allclose(combine_rewards(both, {"a": weight, "b": 2 * weight}, how, eps=1e-9), a, atol=1e-4)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("level", LEVELS)
+@settings(max_examples=15)
+@given(seed=st.integers(0, 10**6), more=st.integers(1, 4), shift=st.floats(-5, 5))
+def test_any_loss_ignores_the_order_of_its_rows_more_padding_and_a_constant_in_the_rewards(reduction, level, seed, more, shift):
+    new, old, ref, _, mask = random_inputs(seed)
+    rewards, g = torch.randn(3, 2, dtype=F64, generator=torch.Generator().manual_seed(seed)), torch.Generator().manual_seed(seed)
+    how = dict(reduction=reduction, level=level, max_tokens=new.shape[1])
+
+    def gradient(rewards, *inputs):
+        new = inputs[0].clone().requires_grad_()
+        loss, _ = grpo_loss(new, *inputs[1:3], rewards, inputs[3], **how)
+        return loss.detach(), torch.autograd.grad(loss, new)[0]
+
+    advantages = group_advantages(rewards).flatten()
+    loss, grad = gradient(advantages, new, old, ref, mask)
+    order = torch.randperm(len(new), generator=g)
+    other, moved = gradient(advantages[order], *(x[order] for x in (new, old, ref, mask)))
+    assert torch.allclose(other, loss) and torch.allclose(moved, grad[order])
+    junk = torch.full((len(new), more), math.nan, dtype=F64)
+    wide = [torch.cat((x, junk), 1) for x in (new, old, ref)] + [torch.cat((mask, torch.zeros(len(new), more)), 1)]
+    other, moved = gradient(advantages, *wide)
+    assert torch.allclose(other, loss) and torch.allclose(moved[:, : new.shape[1]], grad) and (moved[:, new.shape[1] :] == 0).all()
+    other, moved = gradient(group_advantages(rewards + shift).flatten(), new, old, ref, mask)
+    assert torch.allclose(other, loss, atol=1e-6) and torch.allclose(moved, grad, atol=1e-6)
 
 
 # ---------------------------------------------------------------- the objective

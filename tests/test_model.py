@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import example
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data import EOS, IMAGE, MAX_TEXT, PAD, TEMPLATES, Batch, pictures_of, render, sample_scene
 from model import (
@@ -84,6 +86,19 @@ def test_codes_number_the_patches_row_by_row_and_every_code_decodes_to_itself(pa
         assert (book.entries[codes[1, row, column]].numpy() == there.reshape(-1)).all()
     every = torch.randperm(len(book.entries))[: 2 * side * side].view(2, -1)
     assert (book.encode(book.decode(every)) == every).all()
+
+
+def test_any_codes_come_back_from_their_picture_and_any_scene_from_its_codes(codebook):
+    some = st.lists(st.integers(0, len(codebook.entries) - 1), min_size=16, max_size=16)
+
+    @settings(max_examples=30)
+    @given(some, st.integers(0, 10**6), st.sampled_from(("paired", "three", "heldout")))
+    def comes_back(codes, seed, pool):
+        assert codebook.encode(codebook.decode(torch.tensor([codes]))).tolist() == [codes]
+        picture = render(sample_scene(random.Random(seed), pool))[None]
+        assert (codebook.decode(codebook.encode(picture)).numpy() == picture).all()
+
+    comes_back()
 
 
 def test_a_patch_gets_the_nearest_entry():

@@ -89,6 +89,21 @@ def test_nothing_is_unpickled_evaluated_or_run_in_a_shell(name):
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_text_is_utf8_everywhere_and_nothing_needs_a_posix_system(name):
+    """What is written here must be read on Windows and macOS, whose own encodings, signals and ways to start a process differ."""
+    tree = ast.parse(source(name))
+    for called, node in calls(tree):
+        word, words = called.split(".")[-1], ast.unparse(node)
+        text = word in ("read_text", "write_text") or (word == "open" and called.split(".")[0] not in ("Image", "tarfile", "os"))
+        assert not text or "encoding=" in words or "utf-8" in words or re.search(r"'[rw]b\+?'", words), f"{name}.py:{node.lineno}"
+        assert called not in {"os.fork", "os.kill", "os.getuid", "os.geteuid", "os.chmod", "os.symlink", "os.mkfifo"}, node.lineno
+    assert not {"fcntl", "pwd", "grp", "termios", "multiprocessing"} & set(imported(tree))
+    assert not re.search(r"signal\.SIG(?!INT|TERM)|set_start_method", source(name))
+    guarded = [n for block in ast.walk(tree) if isinstance(block, ast.Try) for n in block.body if isinstance(n, ast.Import)]
+    assert "resource" not in set(imported(tree)) or any(a.name == "resource" for n in guarded for a in n.names)
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_importing_a_file_defines_things_and_starts_no_work(name):
     for node in ast.parse(source(name)).body:
         plain = isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign))
