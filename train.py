@@ -254,7 +254,7 @@ def make_config(**given):
         (c.pair_limit >= 0, "pair_limit", "0 or more"),
         (0 <= c.fitting_steps < math.inf, "fitting_steps", "0 or more"),
         (set(c.data.split(",")) <= set(SOURCES) and len(set(c.data.split(","))) == c.data.count(",") + 1, "data",
-         f"different names from {', '.join(SOURCES)}, comma-separated"),
+         f"names from {', '.join(SOURCES)}, comma-separated, each once"),
         (c.stage == "all" or set(c.stage.split(",")) <= set(stages), "stage", f"all, or names from {', '.join(stages)}"),
     ]
     for ok, name, legal in checks:
