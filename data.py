@@ -901,7 +901,7 @@ def download(name, data_dir):
                 root.rmdir()  # it is empty; Windows renames to no folder that is there
             os.replace(new, root)
     except Exception as error:  # urllib, ssl, gzip and tarfile have many kinds; all are passed on
-        raise ValueError(f"{url}: {error}; try again later, or put the official files at {root}") from error
+        raise ValueError(f"{url}: {' '.join(str(error).split())}; try again later, or put the official files at {root}") from error
 
 
 # ---------------------------------------------------------------- scenes and sentences in the style of SHAPES and of NLVR
