@@ -1116,7 +1116,7 @@ def describe(config):
     machine = f"{gpu or platform.processor() or platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
     versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, np, tokenizers)}
     return {name: getattr(config, name) for name in ("preset", "method", "data", "seed")} | {
-        "commit": commit, "machine": machine, "command": "python " + " ".join(sys.argv), "versions": versions,
+        "commit": commit, "machine": machine, "command": " ".join(("python", Path(sys.argv[0]).name, *sys.argv[1:])), "versions": versions,
         "noise": NOISE, "config": dataclasses.asdict(config)}  # fmt: skip
 
 
