@@ -229,3 +229,17 @@ def test_a_configuration_tells_what_a_second_run_needs(whole):
     assert stored["seed"] == 0 and here["device"].startswith("cpu (as asked)") and here["threads"] == torch.get_num_threads()
     assert here["versions"].keys() == {"python", "torch", "numpy", "tokenizers"} and here["versions"]["torch"] == torch.__version__
     assert {"commit", "machine"} <= here.keys()
+
+
+def test_deterministic_asks_torch_for_it_and_changes_nothing_on_a_cpu(smoke, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    small = dict(pretrain_steps=3, batch=8, stage="pretrain")
+    train.main(prepared(smoke, tmp_path / "plain", **small))
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        train.main(prepared(smoke, tmp_path / "asked", deterministic=True, **small))
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in ("base.safetensors", "metrics.csv"):
+        assert (tmp_path / "asked" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
