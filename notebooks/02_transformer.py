@@ -19,7 +19,7 @@ from course import BLUE, GREY, RED
 from data import Vocabulary, World
 from model import Codebook, ModelConfig, Transformer, rotate, rotation, sample
 
-course.start(minutes=0.5)
+course.start(minutes=0.3)
 
 # %%
 world, rng = World(), random.Random(0)

@@ -22,7 +22,7 @@ from kernels import fused_linear_grpo_loss
 from model import sample
 from train import make_optimizers
 
-course.start(minutes=0.8)
+course.start(minutes=0.5)
 
 # %% [markdown]
 # ## A group grades itself
@@ -169,7 +169,7 @@ course.check(zero_spread)
 # The task: write the caption of a picture, word for word as in the key; a rule, right or wrong. 160 pictures, 16 captions
 # each, which we also read as groups of 8, 4 and 2.
 #
-# > **Predict.** About one caption in six is right. Which share of groups has no spread at G = 2, 4, 8, 16?
+# > **Predict.** About one caption in eight is right. Which share of groups has no spread at G = 2, 4, 8, 16?
 
 # %%
 shown = [base.source.example(random.Random(f"zero/{i}"), "caption") for i in range(160)]
@@ -196,12 +196,12 @@ plt.show()
 #
 # ## Who deserves the credit?
 #
-# GRPO gives all 16 tokens of a picture the same advantage. But which token decided? We finish a drawing 48 times from each
+# GRPO gives all 16 tokens of a picture the same advantage. But which token decided? We finish a drawing 128 times from each
 # of its prefixes and ask the judge (here it only explains; nothing is trained on it) how often the finished picture is
 # right.
 
 # %%
-def prefix_values(example, drawing, n=48):
+def prefix_values(example, drawing, n=128):
     """(17,): the chance that a drawing (16,) of codes ends right, given its first 0, 1, ..., 16 codes."""
     one, values = course.batch_of(base, [example]), []
     first = int((one.patch[0] >= 0).nonzero()[0])
@@ -233,7 +233,8 @@ for column, (i, v) in enumerate(zip(picked, values)):
     image = axes[1, column].imshow(np.diff(v).reshape(4, 4), cmap="RdBu", vmin=-0.7, vmax=0.7)
     for y, x in np.ndindex(4, 4):
         step = np.diff(v).reshape(4, 4)[y, x]
-        axes[1, column].text(x, y, f"{step:+.1f}" if abs(step) > 0.05 else "·", ha="center", va="center", fontsize=8)
+        axes[1, column].text(x, y, f"{step:+.1f}" if abs(step) > 0.05 else "·", ha="center", va="center", fontsize=8,
+                             color="white" if abs(step) > 0.5 else "black")
 for ax in axes.flat:
     ax.axis("off")
 figure.colorbar(image, cax=axes[1, 3], label="credit")

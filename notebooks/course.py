@@ -42,15 +42,16 @@ def start(minutes):
 
 def show(pictures, titles=None, columns=8, right=None, title=None, size=1.15):
     """Pictures (32, 32, 3) uint8 in rows of `columns`, words above each. right: bools, framed green where true, red where not."""
-    rows = -(-len(pictures) // columns)
-    high = 0.16 * max((len(textwrap.wrap(t, 21)) for t in titles), default=0) if titles else 0.0
-    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, rows * (size + high) + 0.3 * bool(title)), squeeze=False)
+    rows, words = -(-len(pictures) // columns), [textwrap.wrap(t, max(8, int(17 * size))) for t in titles or ()]
+    lines = sum(max(len(w) for w in words[i : i + columns]) for i in range(0, len(words), columns))
+    high = rows * size + 0.14 * lines + 0.3 * bool(title)
+    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, high), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for i, (ax, picture) in enumerate(zip(axes.flat, pictures)):
         ax.imshow(picture)
         if titles:
-            ax.set_title("\n".join(textwrap.wrap(titles[i], 21)), fontsize=7, fontweight="normal", loc="center")
+            ax.set_title("\n".join(words[i]), fontsize=7, fontweight="normal", loc="center")
         if right is not None:
             color = GREEN if right[i] else RED
             ax.add_patch(plt.Rectangle((-1, -1), 33, 33, fill=False, color=color, linewidth=3, clip_on=False))
@@ -88,21 +89,26 @@ def batch_of(base, examples):
     return base.vocab.batch(examples, base.codebook.encode(np.stack([e.picture for e in examples])))
 
 
-def small_base(steps=160, batch=48, lr=4e-3, wrong=0.3, seed=0):
-    """The pre-training loop of notebook 03 on drawing and captioning one object, with captions more wrong than the default's
-    0.15, so that something is left to align: a namespace of model, vocab, codebook and source."""
+def next_token_loss(base, model, rng, n=48, wrong=0.3):
+    """Mean next-token loss of n noisy examples, two drawings to a caption. Captions are more wrong than the default's 0.15, so
+    that something is left to align."""
+    examples = [base.source.example(rng, task, noise=NOISE | {"wrong": wrong}) for task in ("draw", "draw", "caption") * (n // 3)]
+    b = batch_of(base, examples).trim()
+    hidden, mask = model(b.target[:, :-1], b.patch[:, :-1]), b.mask[:, 1:]
+    logprobs = selected_logprobs(hidden, model.head, b.target[:, 1:], lo=b.lo[:, 1:], hi=b.hi[:, 1:])
+    return -logprobs[mask].mean()
+
+
+def small_base(steps=160, lr=4e-3, seed=0):
+    """The pre-training of notebook 03 on drawing and captioning one object: a namespace of model, vocab, codebook, source."""
     source = OneObject()
     codebook, vocab = tokens_of(source)
     torch.manual_seed(seed)
     model = Transformer(ModelConfig(vocab.size, codebook.side, width=48, layers=2))
     base, optimizers = SimpleNamespace(model=model, vocab=vocab, codebook=codebook, source=source), make_optimizers(model, lr)
     for step in range(steps):
-        rng = random.Random(f"{seed}/base/{step}")
-        tasks = ("draw", "draw", "caption") * (batch // 3)
-        b = batch_of(base, [source.example(rng, task, noise=NOISE | {"wrong": wrong}) for task in tasks]).trim()
-        hidden, mask = model(b.target[:, :-1], b.patch[:, :-1]), b.mask[:, 1:]
-        logprobs = selected_logprobs(hidden, model.head, b.target[:, 1:], lo=b.lo[:, 1:], hi=b.hi[:, 1:])
-        update(model, optimizers, -logprobs[mask].mean(), lr * schedule(step, steps))
+        loss = next_token_loss(base, model, random.Random(f"{seed}/base/{step}"))
+        update(model, optimizers, loss, lr * schedule(step, steps))
     return base
 
 
@@ -141,7 +147,7 @@ def check(function):
     """Runs the check of one exercise and prints what came of it."""
     found, hint = status(function)
     mark = {"solved": "✔", "open": "·", "not yet": "✘"}[found]
-    print(f"{mark} {function.__name__}: {found}" + (f" ({hint})" if hint else ""))
+    print(f"{mark} {function.__name__}: {found}" + (f"\n    {hint}" if hint else ""))
 
 
 def final(*functions):
