@@ -87,6 +87,7 @@ def picture_loss(model, examples, logprobs_of):
     return -torch.where(mask, logprobs, 0.0).sum(1).mean()
 
 
+# %%
 def pretrain(logprobs_of, steps, batch=48, lr=4e-3):
     """The whole of pre-training: noisy pairs in, next-token loss down. Returns the model and its curve."""
     torch.manual_seed(0)

@@ -107,6 +107,7 @@ def inputs(n, t=64, c=64, v=4000):
     return hidden, weight, torch.randint(0, v, (n, t), generator=g), old, old, torch.randn(n, generator=g), torch.ones(n, t)
 
 
+# %%
 ways = {"plain": functools.partial(composed_loss, plain_logprobs), "fused": functools.partial(fused_linear_grpo_loss, chunk_tokens=64)}
 batches, made, spent, apart = (1, 4, 16, 64), {k: [] for k in ways}, {k: [] for k in ways}, []
 for n in batches:
