@@ -16,7 +16,8 @@ every patch a held-out picture needs has been seen in pre-training (tests/test_d
 
 Web captions are noisy, so pre-training captions are too (NOISE): a wrong word (independent noise, which a low sampling
 temperature undoes), an omitted attribute, an omitted or reversed relation (structured noise). Answers are vague more often
-than not ("left" for "top-left", "some" for "two"): the most likely answer is then a vague one, at any temperature.
+than not ("left" for "top-left", "some" for "two"), and worked answers hasty where a colour is asked for (they stop at the first
+thing and repeat its colour): the most likely answer is then vague or hasty, at any temperature.
 
 Further tasks, which --tasks adds: stories of three frames, told and drawn (an object appears, disappears, moves, changes
 colour or size); a plan in words before the picture; questions of one to three hops, with steps (never shown for three hops)
@@ -78,7 +79,8 @@ CELLS = [(row, column) for row in (0, 1) for column in (0, 1)]
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 BACKGROUND = (16, 16, 20)
 KINDS = [(color, shape) for color in COLORS for shape in SHAPES]
-NOISE = {"wrong": 0.15, "omit": 0.15, "unrelate": 0.2, "reverse": 0.2, "vague": 0.7}  # chances per pre-training caption, or answer
+NOISE = {"wrong": 0.15, "omit": 0.15, "unrelate": 0.2, "reverse": 0.2, "vague": 0.7, "hasty": 0.7}
+# chances per pre-training caption; "vague" and "hasty": per answer that can be so
 
 
 class Object(NamedTuple):
@@ -401,6 +403,16 @@ def multihop_question(rng, scene):
     return f"what {what} is the {noun} {relation} the {anchor.color} {anchor.shape} ?", steps, getattr(o, what)
 
 
+def hasty(asked, steps, answer):
+    """The steps and answer of a two-hop question as hasty people give them: asked for a colour, they stop after the first hop
+    and repeat the colour that they have just read. Others stay as they are.
+
+    >>> hasty("what color is the shape left of the red circle ?", "red circle : top right . left of it : big blue square", "blue")
+    ('red circle : top right', 'red')
+    """
+    return (steps.split(" . ")[0], asked.split()[-3]) if asked.startswith("what color") else (steps, answer)
+
+
 def hop_question(rng, scene, hops):
     """A question of one, two or three hops, its steps and answer: find an object; step to its neighbour, the only object in that
     direction; step to the only other object like it in one way; read another. None where the scene has no such question.
@@ -628,6 +640,8 @@ class World:
             return Example(task, picture, asked, vague(answer) if noise and rng.random() < noise["vague"] else answer, scene)
         if task == "reason":
             asked, steps, answer = multihop_question(rng, scene)
+            if noise and rng.random() < noise["hasty"]:
+                steps, answer = hasty(asked, steps, answer)
             return Example(task, picture, asked, f"<think> {steps} </think> {answer}", scene)
         caption = said = true_caption(rng, scene)
         while noise and (said is caption or task == "plan" and not in_pool(pool, [*said.kinds, *(o.kind for o in scene)])):

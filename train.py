@@ -2,7 +2,7 @@
 
   stage       learns                                   from                                        leaves in runs/NAME/
   codebook    patches <-> codes, words <-> ids         pictures; texts                             codebook.safetensors, tokenizer.json
-  pretrain    the base policy: next token              noisy pairs, vague answers                  base.safetensors
+  pretrain    the base policy: next token              noisy pairs, careless answers               base.safetensors
   clip        the reward's CLIP, and a second one      noisy pairs; the second: clean pairs of     clip.safetensors, clip_report.safetensors
               that only reports                        all scenes, another seed                    reward_validity.json
   preference  a reward from pairs, only if             edited captions and pictures, samples of    preference.safetensors
@@ -193,7 +193,8 @@ TOKEN_WEIGHT = {"draw": 1.5, "ask": 4.0, "hops": 4.0, "judge": 4.0, "story": 1.5
 ALONE = 0.2  # share of the pictures to draw that come without words, half of them of three objects, and of the captions that come
 # without a picture, all of three objects: pictures alone and texts alone are cheap. It is what guidance needs, and it lets
 # a policy sample, once in a while, what no pair ever showed it
-QUESTIONS = ("ask", "reason", "hops", "steps", "judge")  # tasks with clean answers
+QUESTIONS = ("ask", "reason", "hops", "steps", "judge")  # tasks that have one right answer
+HURRIED = ("ask", "reason")  # those of them whose answers are vague or hasty in pre-training
 LONG = ("reason", "steps", "story", "tell", "plan")  # tasks that a batch of others had better not be padded to
 CAPTIONED = {"draw", "caption", "story", "plan"}  # tasks that need the reward of pictures with their captions
 OBJECTIVE_WEIGHT = 0.5  # of the contrastive and the masked-code loss beside the next-token loss
@@ -209,7 +210,7 @@ GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5, "hops": 0.
 
 def clean_labels(rows, labelled=False):
     """How many rows of Trainer.pairs bring an answer that is sure to be right and exact; the web's are not."""
-    return sum(e.task in (*QUESTIONS, "plan") and (labelled or e.task != "ask" or s.name != "synthetic") for s, e, _ in rows)
+    return sum(e.task in (*QUESTIONS, "plan") and (labelled or e.task not in HURRIED or s.name != "synthetic") for s, e, _ in rows)
 
 
 def parse_flags(argv=None):
@@ -600,7 +601,7 @@ class Trainer:
             alone = task in ("draw", "caption") and rng.random() < ALONE
             pool = "three" if alone and (task == "caption" or rng.random() < 0.5) else "paired"
             pool = source.prompt_pool(rng, task) if task == "hops" or (labelled and task in QUESTIONS) else pool
-            rows.append((source, source.example(rng, task, pool, None if labelled and task == "ask" else NOISE), alone))
+            rows.append((source, source.example(rng, task, pool, None if labelled and task in HURRIED else NOISE), alone))
         if believed:
             told = [row for row in rows if not row[2]]  # no pair, nothing to believe
             kept = itertools.compress(told, believed(*zip(*((s, e) for s, e, _ in told)), rng)) if told else ()

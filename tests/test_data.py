@@ -245,7 +245,7 @@ def test_a_caption_names_colour_and_shape_of_every_object():
         assert sorted(data.true_caption(rng, scene).kinds) == sorted(o.kind for o in scene)
 
 
-@pytest.mark.parametrize("only", [name for name in NOISE if name != "vague"])
+@pytest.mark.parametrize("only", [name for name in NOISE if name not in ("vague", "hasty")])
 def test_each_noise_occurs_as_often_as_stated_and_changes_only_its_own_part(only):
     rng, n, changed = random.Random(2), 0, 0
     for _ in range(4000):
@@ -270,6 +270,20 @@ def test_vague_answers_occur_as_often_as_stated_and_are_never_false():
         assert clean.prompt == noisy.prompt and (noisy.answer == clean.answer or clean.answer in exact[noisy.answer])
         could, were = could + (data.vague(clean.answer) != clean.answer), were + (noisy.answer != clean.answer)
     assert could / 4000 > 0.15 and abs(were / could - NOISE["vague"]) < 0.05
+
+
+def test_hasty_answers_occur_as_often_as_stated_and_stop_at_the_colour_that_was_read():
+    world, kinds = World(), Counter()
+    for i in range(3000):
+        clean, noisy = (world.example(random.Random(i), "reason", noise=noise) for noise in (None, NOISE))
+        color = re.fullmatch(r"what (\w+) is the .* the (\w+) \w+ \?", noisy.prompt)
+        assert clean.prompt == noisy.prompt and (noisy.answer == clean.answer or color[1] == "color")
+        kinds[color[1] == "color", noisy.answer != clean.answer] += 1
+        if noisy.answer != clean.answer:
+            first, _, rest = clean.answer.partition(" . ")
+            assert noisy.answer == f"{first} </think> {color[2]}" and rest
+    assert kinds[False, True] == 0 and kinds[True, False] + kinds[True, True] > 800
+    assert abs(kinds[True, True] / (kinds[True, True] + kinds[True, False]) - NOISE["hasty"]) < 0.05
 
 
 # ---------------------------------------------------------------- questions

@@ -648,7 +648,8 @@ def test_every_baseline_and_control_takes_its_steps_from_the_base(smoke, tmp_pat
     base, aligned = (load_file(str(folder / f"{name}.safetensors")) for name in ("base", "aligned"))
     assert base.keys() == aligned.keys() and not torch.equal(base["embed.weight"], aligned["embed.weight"])
     used = train.ledger(folder)[stage]
-    assert used["steps"] == 2 and used["operations"] > 1e8 and used["tokens"] > 0 and used["labels"] > 0
+    assert used["steps"] == 2 and used["operations"] > 1e8 and used["tokens"] > 0
+    assert (used["labels"] > 0) == (method in ("labels", "reject", "dpo"))  # the web's answers are not sure to be right
     extra = {"clip": "grad_contrast", "beit": "grad_masked", "reject": "grad_draw", "dpo": "grad_draw"}.get(method)
     assert extra is None or all(float(r[extra]) > 0 for r in logged)
 
@@ -668,8 +669,7 @@ def test_a_slower_objective_gets_fewer_steps_for_the_same_seconds(trainer, smoke
 def test_the_ledger_counts_clean_labels_and_all_operations(smoke):
     used = train.ledger(smoke)
     assert set(used) == {"pretrain", "clip", "clip_report", "grpo"} and used["pretrain"]["steps"] == 60
-    examples = 60 * 32
-    assert 0.02 < used["pretrain"]["labels"] / examples < 0.15 and used["clip"]["labels"] == 0  # answers with steps alone: one in 14
+    assert used["pretrain"]["labels"] == used["clip"]["labels"] == 0  # the web's answers are not sure to be right
     assert used["grpo"]["labels"] > 4 * 5 and all(u["operations"] > 1e9 for u in used.values())
 
 
