@@ -28,13 +28,14 @@ All randomness of step k of a stage comes from random.Random(f"{seed}/{stage}/{k
 optimizer state and k, and then equals an uninterrupted one.
 
     $ python train.py                      # two-core CPU: the `cpu` preset
-    $ python train.py --device cuda        # one GPU: the `gpu` preset
+    $ python train.py --device cuda        # one GPU: the `gpu` preset; several: torchrun --nproc_per_node=N train.py
     $ python train.py --preset smoke       # everything once, tiny; under a minute
     $ python train.py --tasks all --pretrain-steps 2000      # stories, hops and plans as well
     $ python train.py --method unified --base runs/NAME      # the alternative, from the same base, for the same seconds
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import dataclasses
@@ -51,6 +52,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections import defaultdict
@@ -336,6 +338,47 @@ class Stopped(BaseException):
         self.status = status
 
 
+# ---------------------------------------------------------------- several processes: torchrun --nproc_per_node=N train.py
+
+RANK, WORLD = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def join(config):
+    """Meet the others. All but the first work on a copy of the run directory that is thrown away: one writes."""
+    torch.distributed.init_process_group()
+    atexit.register(torch.distributed.destroy_process_group)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if RANK:
+        copy = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, copy)
+        if Path(config.out).is_dir():
+            shutil.copytree(config.out, copy, dirs_exist_ok=True)
+        config.out, sys.stdout = copy, open(os.devnull, "w")  # noqa: SIM115
+    torch.distributed.barrier()
+
+
+def own_share(items):
+    """This process's part of what all have made alike."""
+    return items[RANK * len(items) // WORLD : (RANK + 1) * len(items) // WORLD]
+
+
+def average(x):
+    """The mean of a tensor over the processes: the tensor itself where there is one."""
+    if WORLD > 1:
+        torch.distributed.all_reduce(x := x.detach().clone())
+    return x / WORLD if WORLD > 1 else x
+
+
+def gathered(x):
+    """What all processes have, (B, G) each, one after the other."""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    torch.distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
 # ---------------------------------------------------------------- one loop for every stage that learns
 
 
@@ -459,7 +502,7 @@ class Trainer:
         return random.Random("/".join(map(str, (self.config.seed, *place))))
 
     def generator(self, rng):
-        return torch.Generator(self.device).manual_seed(rng.getrandbits(60))
+        return torch.Generator(self.device).manual_seed(rng.getrandbits(60) + RANK)
 
     @functools.cached_property
     def judges(self):
@@ -478,7 +521,7 @@ class Trainer:
             print(f"{stage}: goes on at step {first}")
         log, saved = Log(self.folder, stage, first), time.monotonic()
         pace = 1 if sys.stderr.isatty() else 15  # seconds between two states of the bar; a log file wants few
-        bar = tqdm(range(first, steps), initial=first, total=steps, desc=f"{stage:9}", mininterval=pace, ncols=110)
+        bar = tqdm(range(first, steps), initial=first, total=steps, desc=f"{stage:9}", mininterval=pace, ncols=110, disable=RANK > 0)
         self.learning = True
         for step in bar:
             start = time.perf_counter()
@@ -491,7 +534,8 @@ class Trainer:
                 for parts, row in losses(step):
                     norms = self.backward(model, parts)
                     total = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-                    if np.isfinite(total) and all(bool(x.isfinite()) for x in parts.values()):
+                    loss = float(average(sum(x.detach() for x in parts.values())))
+                    if np.isfinite(total + loss):
                         for optimizer in optimizers:
                             optimizer.step()
                     else:
@@ -500,11 +544,10 @@ class Trainer:
                             raise Stopped(
                                 f"{stage}: the loss or gradient was not finite {skipped} times, last at step {step}; start again "
                                 f"with a lower learning rate than {lr:g} and another --out")  # fmt: skip
-                    loss = float(sum(x.detach() for x in parts.values()))
                     row |= {"loss": loss, "grad_norm": total, "lr": lr * schedule(step, steps), "skipped": skipped, **norms}
-            row = {k: float(v) for k, v in row.items()}
+            row = dict(zip(row, average(torch.tensor([float(v) for v in row.values()], dtype=torch.float64)).tolist()))
             seconds = {k: row.pop(k) for k in [k for k in row if k.startswith("seconds")]}
-            row |= after(step, model) if after else {}
+            row |= after(step, model) if after and not RANK else {}
             log.add("metrics", {"stage": stage, "step": step, **row})
             log.add("timing", {"stage": stage, "step": step, "seconds": time.perf_counter() - start, **seconds, **self.memory(),
                                **({"operations": counter.get_total_flops()} if counted else {})})  # fmt: skip
@@ -535,17 +578,15 @@ class Trainer:
 
     @staticmethod
     def backward(model, parts):
-        """Gradients of the sum of the parts, and the norm that each part adds (when there is more than one)."""
-        norms, before = {}, None
-        for p in model.parameters():
-            p.grad = None
+        """Gradients of the sum of the parts, means over all processes, and the norm that each part adds (when there is more than one)."""
+        weights, total, norms = list(model.parameters()), 0.0, {}
         for name, loss in parts.items():
-            loss.backward()
-            if len(parts) > 1:
-                now = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-                norms[f"grad_{name}"] = float((now if before is None else now - before).norm())
-                before = now
-        return norms
+            some = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+            part = average(torch.cat([g.flatten() for g in some]))
+            total, norms[f"grad_{name}"] = total + part, float(part.norm())
+        for p, g in zip(weights, total.split([p.numel() for p in weights])):
+            p.grad = g.view_as(p)
+        return norms if len(parts) > 1 else {}
 
     def memory(self):
         """{"peak_mb": peak memory so far}: of the GPU, else of the process; {} where the system does not tell."""
@@ -620,7 +661,7 @@ class Trainer:
     def next_token_loss(self, model, rows):
         """Weighted mean negative log-likelihood of all chosen tokens of `pairs`, and how many they are."""
         total, weights, count = 0.0, 0.0, 0
-        for batch in self.batches(rows):
+        for batch in self.batches(own_share(rows)):
             mask = batch.mask[:, 1:]
             weight = self.token_weight[batch.tokens[:, 1]][:, None].expand(mask.shape)[mask]  # the second token names the task
             with self.autocast():
@@ -628,7 +669,7 @@ class Trainer:
             pick = lambda x: x[:, 1:][mask][None]  # noqa: E731
             logprobs = selected_logprobs(hidden[mask][None], model.head, pick(batch.target), lo=pick(batch.lo), hi=pick(batch.hi))
             total, weights, count = total - weight @ logprobs[0], weights + weight.sum(), count + len(weight)
-        return total / weights, count  # (T2)
+        return total / average(weights), count * WORLD  # (T2)
 
     def next_token_losses(self, stage, model, labelled=False, objective=None, words=True):
         """The losses of a next-token stage for `optimise`: (T2), and a baseline's objective on the same rows beside it: on
@@ -680,7 +721,7 @@ class Trainer:
                     for optimizer in optimizers:
                         optimizer.step()
                 times.append(time.perf_counter() - start)
-        return np.median(seconds[1]) / np.median(seconds[0]) if how else 1.0
+        return float(average(torch.tensor(np.median(seconds[1]) / np.median(seconds[0])))) if how else 1.0
 
     def unified_stage(self):
         self.go_on("unified")
@@ -830,11 +871,14 @@ class Trainer:
             logprobs = selected_logprobs(hidden, head, tokens.clamp(min=0), c.temperature, lo, hi)
             return control(torch.where(mask, logprobs, 0.0), ref, rewards, mask), {}
 
-        def sampled(rng, task):
+        def sampled(step, task):
             """One rollout of a task, from one source."""
+            rng = self.rng(stage, step, task)
             source = rng.choice([s for s in self.sources if task in s.tasks])
             asked, kept = (max(round(c.prompts * share), 1) for share in GRPO_PROMPTS[task])
-            examples = [source.example(rng, task, source.prompt_pool(rng, task)) for _ in range(asked)]
+            if kept % WORLD or asked % WORLD:
+                raise ValueError(f"--prompts {c.prompts}: {WORLD} processes cannot share {asked} prompts of {task}, {kept} of them kept")
+            examples = own_share([source.example(rng, task, source.prompt_pool(rng, task)) for _ in range(asked)])
             batch = self.vocab.batch(examples, self.codebook.encode(pictures_of(examples)), self.device)
 
             def reward(filled, tokens):
@@ -843,14 +887,14 @@ class Trainer:
                 return rewards.total(parts), parts
 
             with self.autocast():
-                r = rollout(policy, batch, c.group_size, reward, self.vocab, self.generator(rng), c.temperature, task, kept)
-            r.stats |= {"labels": asked} if task in (*QUESTIONS, "tell") else {}
+                r = rollout(policy, batch, c.group_size, reward, self.vocab, self.generator(rng), c.temperature, task, kept // WORLD)
+            r.stats |= {"tokens": r.stats["tokens"] * WORLD} | ({"labels": asked} if task in (*QUESTIONS, "tell") else {})
             return r, self.advantages(r, rewards.weights)
 
         def losses(step):
             """One rollout of every task, then --epochs passes over them."""
             rng = self.rng(stage, step)
-            rollouts = [sampled(rng, task) for task in GRPO_TASKS if any(task in s.tasks for s in self.sources)]
+            rollouts = [sampled(step, task) for task in GRPO_TASKS if any(task in s.tasks for s in self.sources)]
             row = {}
             for epoch in range(c.epochs):
                 parts = {}
@@ -858,7 +902,8 @@ class Trainer:
                     how = (controlled, None) if control else (fused_linear_grpo_loss, advantages)
                     with self.autocast():
                         loss, metrics = rollout_loss(policy, reference, r, how[0], advantages=how[1], **objective)
-                    parts[r.task] = GRPO_TASKS[r.task] * loss
+                    n = r.mask.sum().float()  # a mean over tokens weighs a process by those it has
+                    parts[r.task] = GRPO_TASKS[r.task] * (n / average(n) if c.reduction == "token" else 1) * loss
                     row |= {f"{k if k != 'kl' else 'k3'}_{r.task}": float(v) for k, v in metrics.items()}
                     for k, v in r.stats.items() if epoch == 0 else ():
                         row[k] = row.get(k, 0) + v  # tokens and seconds add up over the tasks
@@ -877,13 +922,16 @@ class Trainer:
 
     def advantages(self, r, weights):
         """(N,) advantages of a rollout by --advantage and --scale; a reward that is not finite makes them so: the step is skipped."""
-        if not r.rewards.isfinite().all():
-            return torch.full_like(r.rewards, math.nan).flatten()
-        if self.config.advantage == "mean":
-            return group_advantages(r.rewards, self.config.scale).flatten()
-        if self.config.advantage == "pairwise":
-            return pairwise_advantages(r.rewards).flatten()
-        return combine_rewards(r.parts, {k: weights[k] for k in r.parts}, "normalize_then_sum").flatten()
+        rewards, parts = gathered(r.rewards), {k: gathered(v) for k, v in r.parts.items()}  # of all processes
+        if not rewards.isfinite().all():
+            found = torch.full_like(rewards, math.nan)
+        elif self.config.advantage == "mean":
+            found = group_advantages(rewards, self.config.scale)
+        elif self.config.advantage == "pairwise":
+            found = pairwise_advantages(rewards)
+        else:
+            found = combine_rewards(parts, {k: weights[k] for k in parts}, "normalize_then_sum")
+        return own_share(found).flatten()
 
     # ------------------------------------------------------------ looking at it
 
@@ -996,6 +1044,7 @@ class Trainer:
                 "preference": ("preference.safetensors", "preference_validity.json"), "eval": ("eval.json", "report.html")}  # fmt: skip
         every = [s for s in STAGES[c.method] if s != "preference" or (c.reward != "rule" and c.method not in MORE and self.captioned)]
         wanted = every if c.stage == "all" else [s for s in STAGES[c.method] if s in c.stage.split(",")]
+        wanted = [s for s in wanted if s != "eval" or not RANK]
         for stage in wanted:
             there = all((self.folder / name).exists() for name in done.get(stage, ("aligned.safetensors",)))
             if there and not (c.stage != "all" and stage == "eval"):
@@ -1155,6 +1204,8 @@ def take_over(config, folder):
 
 def main(config):
     """Train as configured; returns the run directory. ValueError for what the user can mend, Stopped for an early end."""
+    if WORLD > 1:
+        join(config)
     folder = Path(config.out)
     saved = folder / "config.json"
     if folder.exists() and not folder.is_dir():

@@ -248,7 +248,7 @@ def plainly_sampled(model, batch, vocab, generator, temperature, guidance):
         p = logits.masked_fill((ids < lo) | (ids >= hi), -torch.inf)
         if temperature:
             p = torch.softmax(p / temperature, -1)
-            p = p / torch.empty_like(p).exponential_(generator=generator)
+            p = p / torch.empty_like(p).uniform_(generator=generator).log_().neg_()
         chosen = (batch.tokens[rows, at] < 0) & inside
         new = torch.where(ended & chosen, PAD, p.argmax(-1))
         ended = (ended & chosen) | (chosen & (new == EOS))

@@ -5,10 +5,13 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -664,6 +667,45 @@ def test_a_slower_objective_gets_fewer_steps_for_the_same_seconds(trainer, smoke
     shutil.copy(smoke / "base.safetensors", trainer.folder)
     slow = {"objective": lambda model, *rest: time.sleep(0.3) or model.head.sum() * 0}
     assert trainer.slowness("unified", {}) == 1.0 and trainer.slowness("slow", slow, steps=2) > 2
+
+
+DRIVER = """
+import sys, torch, data, grpo, train
+
+def sample(model, batch, vocab, generator, temperature, group):
+    # a candidate depends on its prompt alone, so that a share of a batch gets those that the whole batch would have
+    rows = batch.repeat(group)
+    tokens = rows.target.clone()
+    for i, (row, chosen) in enumerate(zip(tokens, rows.tokens < 0)):
+        own = torch.Generator().manual_seed(100 * int(row[~chosen].sum()) + i % group)
+        if torch.rand((), generator=own) < 0.5:
+            row[chosen] = torch.randint(data.EOS, vocab.n_text, (int(chosen.sum()),), generator=own)
+    return tokens
+
+grpo.sample, train.GRPO_PROMPTS = sample, dict.fromkeys(train.GRPO_PROMPTS, (1, 1))
+train.main(train.parse_flags(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("method, stage", [("unified", "unified"), ("lvrpo", "grpo")])
+def test_two_processes_take_the_step_that_one_takes_with_the_same_batch(tmp_path, handlers, method, stage):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    flags = "--preset smoke --device cpu --tasks ask,reason,text --threads 1 --pretrain-steps 1 --extra-steps 1 --grpo-steps 1 --epochs 1"
+    flags = flags.split()
+    train.main(parse_flags([*flags, "--out", str(tmp_path / "base"), "--stage", "codebook,pretrain,clip"]))
+    launchers = {"one": (), "two": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")}
+    for name, launcher in launchers.items():
+        where = ("--method", method, "--stage", stage, "--base", str(tmp_path / "base"), "--out", str(tmp_path / name))
+        command = [sys.executable, *launcher, str(tmp_path / "driver.py"), *flags, *where]
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(str(tmp_path / name / "aligned.safetensors")) for name in launchers)
+    base = load_file(str(tmp_path / "base" / "base.safetensors"))
+    assert max(float((one[k] - base[k]).abs().max()) for k in base) > 1e-3
+    assert max(float((one[k] - two[k]).abs().max()) for k in base) < 1e-5
+    alone, both = (rows(tmp_path / name)[0] for name in launchers)  # one writer, of the means over both
+    assert all(float(alone[k]) == pytest.approx(float(both[k]), rel=1e-3, abs=1e-5) for k in alone if k != "stage")
 
 
 def test_the_ledger_counts_clean_labels_and_all_operations(smoke):
