@@ -80,7 +80,7 @@ INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "belo
 BACKGROUND = (16, 16, 20)
 KINDS = [(color, shape) for color in COLORS for shape in SHAPES]
 NOISE = {"wrong": 0.15, "omit": 0.15, "unrelate": 0.2, "reverse": 0.2, "vague": 0.7, "hasty": 0.7}
-# chances per pre-training caption; "vague" and "hasty": per answer that can be so
+# chances: of a pre-training caption; the last two, of an answer that can be vague or hasty
 
 
 class Object(NamedTuple):
@@ -146,8 +146,6 @@ def related(a, relation, b):
 _pairs = [frozenset((a, b)) for i, a in enumerate(KINDS) for b in KINDS[:i]]
 random.Random(0).shuffle(_pairs)
 HELDOUT_PAIRS, PROMPT_PAIRS = frozenset(_pairs[:8]), frozenset(_pairs[8:16])  # of 66 pairs of kinds
-
-
 COUNTS = {"paired": (1, 2, 2), "prompted": (2,), "three": (3,), "heldout": (3,)}  # objects a scene, drawn evenly
 
 

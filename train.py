@@ -354,7 +354,7 @@ def join(config):
         atexit.register(shutil.rmtree, copy)
         if Path(config.out).is_dir():
             shutil.copytree(config.out, copy, dirs_exist_ok=True)
-        config.out, sys.stdout = copy, open(os.devnull, "w")  # noqa: SIM115
+        config.out, sys.stdout = copy, open(os.devnull, "w", encoding="utf-8")
     torch.distributed.barrier()
 
 

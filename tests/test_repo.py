@@ -136,7 +136,7 @@ def test_the_readme_tells_how_long_a_file_is(name):
 def test_every_flag_in_the_readme_exists():
     known = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(train.Config)}
     known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', source("eval") + source("kernels")))
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known | {"--nproc"}  # torchrun's
 
 
 def test_every_picture_and_result_in_the_readme_exists():
@@ -157,16 +157,31 @@ def test_the_fronts_in_the_readme_are_those_of_the_results():
         fronts = [json.loads(path.read_text(encoding="utf-8"))["sweep"][name] for path in runs]
         for temperature, cell in zip((0.1, 0.3, 0.5, 0.7, 1.0), cells.split("|"), strict=True):
             values = [row[quality] for front in fronts for row in front if row["temperature"] == temperature]
-            assert len(values) == 3 and int(cell.split("@")[0]) == round(100 * sum(values) / 3), (model, objects, temperature)
+            assert len(values) == 5 and int(cell.split("@")[0]) == round(100 * sum(values) / 5), (model, objects, temperature)
 
 
 def test_the_numbers_in_the_readme_are_those_of_the_results():
     folders = sorted((ROOT / "results" / "cpu").glob("*-*"))
     assert evaluation.compare(folders).strip() == (ROOT / "results" / "cpu" / "compare.txt").read_text(encoding="utf-8").strip()
-    table = dict(re.findall(r"^\| `([a-z_]+(?: @ [a-zT ]+)?)`[^|]*\|(.*)\|$", README, re.M))
-    columns = (ROOT / "results" / "cpu" / "compare.txt").read_text(encoding="utf-8").splitlines()
+    claims = json.loads((ROOT / "results" / "claims.json").read_text(encoding="utf-8"))
+    header = re.search(r"^\| \| (base \(n=.*)\|$", README, re.M)[1]
+    methods = re.findall(r"(\w+)(?: of 8)?\*{0,2} \(n=(\d)\)", header)
+    assert {m for m, _ in methods} == set(claims["methods"])
+    rows = re.findall(r"^\| `([a-z0-9_]+(?: @ [a-zT ]+)?)` [^|]*\|(.*)\|$", README, re.M)
+    table = {metric: [cell.strip() for cell in cells.split("|")] for metric, cells in rows if cells.count("|") == len(methods) - 1}
     assert len(table) > 10
     for metric, cells in table.items():
-        measured = next((line for line in columns if line[:30].strip() == metric), "")
-        for number in re.findall(r"\d\.\d{3}", cells):
-            assert number in measured, (metric, number)
+        for (method, n), cell in zip(methods, cells, strict=True):
+            found = claims["methods"][method][metric]
+            assert cell == f"{found['mean']:.3f}" and len(found["seeds"]) == int(n), (metric, method)
+
+
+def test_the_verdicts_in_the_readme_are_those_of_the_results():
+    claims = json.loads((ROOT / "results" / "claims.json").read_text(encoding="utf-8"))["claims"]
+    rows = re.findall(r"^\| [^|`]+ \| `(\w+)` \|(.*)\|$", README, re.M)
+    assert len(rows) == 4
+    for metric, cells in rows:
+        judged = {c["against"]: c for c in claims if c["metric"] == metric}
+        for method, cell in zip(("unified", "clip", "beit"), cells.split("|")):
+            c = judged[method]
+            assert cell.strip() == f"{c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}] {c['verdict']}", (metric, method)

@@ -1,0 +1,161 @@
+"""One GRPO step, ours and TRL's, on the same machine: a randomly initialised text model, the same lengths, the same group.
+
+A step is one rollout (16 prompts of 14 tokens, 8 candidates of up to 16 new tokens each), the policy's and the reference's
+log-probs, and two updates, float32. The reward is the share of even token ids: it costs nothing. Both models have width 128,
+4 layers, 4 heads, a vocabulary of 1,000 and a tied head (0.9 million weights).
+
+  floor   operations of all matrix products over the rate of a large matrix product, measured in the same run. It counts a prompt
+          once for all its candidates, a sampled token once, and three times the forward pass for each update
+
+    $ pip install trl transformers pillow matplotlib      # in an environment of its own; not needed by anything else here
+    $ python results/bench_trl.py --threads 2
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import EOS, PAD, Batch  # noqa: E402
+from grpo import group_advantages, rollout, rollout_loss  # noqa: E402
+from kernels import fused_linear_grpo_loss  # noqa: E402
+from model import ModelConfig, Transformer, sample  # noqa: E402
+
+PROMPTS, GROUP, PROMPT, NEW, WIDTH, LAYERS, VOCAB, UPDATES = 16, 8, 14, 16, 128, 4, 1000, 2
+
+
+class Words:
+    """What `sample` asks of a vocabulary."""
+
+    size = n_text = VOCAB
+
+
+def ours():
+    """A function that takes one step of ours; and one that samples alone, returning how many tokens it made."""
+    torch.manual_seed(0)
+    policy, reference = (Transformer(ModelConfig(VOCAB, 1, WIDTH, LAYERS, 4)) for _ in range(2))
+    reference.load_state_dict(policy.state_dict())
+    optimizer, generator = torch.optim.AdamW(policy.parameters(), lr=1e-4), torch.Generator().manual_seed(0)
+
+    def batch():
+        template = torch.full((PROMPTS, PROMPT + NEW), -1)
+        template[:, :PROMPT] = torch.randint(PAD + 2, VOCAB, (PROMPTS, PROMPT), generator=generator)
+        return Batch(template, template.clamp(min=0), torch.full_like(template, EOS), torch.full_like(template, VOCAB),
+                     torch.full_like(template, -1))  # fmt: skip
+
+    def reward(filled, tokens):
+        share = (tokens[:, PROMPT:] % 2 == 0).float().mean(1).view(PROMPTS, GROUP)
+        return share, {"even": share}
+
+    def step():
+        r = rollout(policy, batch(), GROUP, reward, Words, generator)
+        advantages = group_advantages(r.rewards).flatten()
+        for _ in range(UPDATES):
+            optimizer.zero_grad()
+            loss, _ = rollout_loss(policy, reference, r, fused_linear_grpo_loss, advantages=advantages)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+
+    def generate():
+        return int((sample(policy, batch(), Words, generator, group=GROUP)[:, PROMPT:] != PAD).sum())
+
+    return step, generate
+
+
+def theirs(steps):
+    """Seconds of each of TRL's steps, and a function that samples with generate(), returning how many tokens it made."""
+    import datasets
+    import tokenizers
+    import transformers
+    import trl
+
+    names = {f"w{i}": i for i in range(VOCAB - 2)} | {"<pad>": VOCAB - 2, "<eos>": VOCAB - 1}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, "<pad>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=VOCAB, n_positions=64, n_embd=WIDTH, n_layer=LAYERS, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        bos_token_id=VOCAB - 1, eos_token_id=VOCAB - 1, pad_token_id=VOCAB - 2))  # fmt: skip
+    folder = tempfile.mkdtemp()
+    model.save_pretrained(folder)  # the trainer reads its reference from there
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    prompts = [" ".join(f"w{i}" for i in row) for row in torch.randint(VOCAB - 2, (PROMPTS * (steps + 1), PROMPT)).tolist()]
+    config = trl.GRPOConfig(
+        output_dir=folder, per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP, max_completion_length=NEW,
+        num_iterations=UPDATES, beta=0.02, learning_rate=1e-4, max_steps=steps * UPDATES, use_cpu=True, report_to="none",
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, bf16=False,
+        gradient_checkpointing=False)  # fmt: skip
+    clock = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            clock.append(time.perf_counter())
+
+    def even(completion_ids, **_):
+        return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
+
+    trl.GRPOTrainer(model, even, config, train_dataset=datasets.Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer,
+                    callbacks=[Clock()]).train()  # fmt: skip
+    ends, ids = clock[UPDATES - 1 :: UPDATES], torch.randint(VOCAB - 2, (PROMPTS * GROUP, PROMPT))
+
+    @torch.no_grad()
+    def generate():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=NEW)[:, PROMPT:]
+        return int((out != VOCAB - 2).sum())
+
+    return [b - a for a, b in zip(ends, ends[1:])], generate
+
+
+def seconds(function, times):
+    """Of each call, after two to warm up; and what the last one returned."""
+    found = []
+    for _ in range(times + 2):
+        start = time.perf_counter()
+        result = function()
+        found.append(time.perf_counter() - start)
+    return found[2:], result
+
+
+def floor():
+    """Operations of a step's matrix products, and the operations a second of a large one."""
+    per_token = 2 * 12 * WIDTH**2 * LAYERS
+    head, sequences = 2 * WIDTH * VOCAB, PROMPTS * GROUP
+    read = PROMPTS * PROMPT * per_token + sequences * (NEW - 1) * per_token  # a prompt once, then what was chosen
+    chosen = sequences * NEW * head
+    sampling, reference, update = read + chosen, read + chosen, 3 * (read + chosen)
+    a = torch.randn(2048, 2048)
+    best = min(seconds(lambda: a @ a, 10)[0])
+    return sampling + reference + UPDATES * update, 2 * 2048**3 / best
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads [2]")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps of each [12]")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    operations, rate = floor()
+    step, sampler = ours()
+    mine, _ = seconds(step, args.steps)
+    other, generate = theirs(args.steps + 1)
+    rates = {}
+    for name, function in (("sample()", sampler), ("generate()", generate)):
+        spent, tokens = seconds(function, 8)
+        rates[name] = tokens / statistics.median(spent)
+    mine, other = statistics.median(mine), statistics.median(other)
+    print(f"floor   {operations / 1e9:.1f} GFLOP at {rate / 1e9:.0f} GFLOP/s: {operations / rate:.3f} s")
+    print(f"ours    {mine:.3f} s a step: {operations / rate / mine:.0%} of the rate of a large matrix product")
+    print(f"TRL     {other:.3f} s a step: {other / mine:.2f} times as long")
+    print(f"sampling, tokens a second: {', '.join(f'{k} {v:,.0f}' for k, v in rates.items())}: "
+          f"{rates['sample()'] / rates['generate()']:.2f} times as many")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
