@@ -545,7 +545,9 @@ class Trainer:
                                 f"{stage}: the loss or gradient was not finite {skipped} times, last at step {step}; start again "
                                 f"with a lower learning rate than {lr:g} and another --out")  # fmt: skip
                     row |= {"loss": loss, "grad_norm": total, "lr": lr * schedule(step, steps), "skipped": skipped, **norms}
-            row = dict(zip(row, average(torch.tensor([float(v) for v in row.values()], dtype=torch.float64)).tolist()))
+            row = {k: float(v) for k, v in row.items()}
+            if WORLD > 1:
+                row = dict(zip(row, average(torch.tensor(list(row.values()))).tolist()))
             seconds = {k: row.pop(k) for k in [k for k in row if k.startswith("seconds")]}
             row |= after(step, model) if after and not RANK else {}
             log.add("metrics", {"stage": stage, "step": step, **row})

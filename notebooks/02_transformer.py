@@ -140,7 +140,7 @@ def sample_uncached(model, batch, vocab, generator):
         state = model(tokens[:, :t], batch.patch[:, :t])[:, -1]
         allowed = (ids >= batch.lo[:, t, None]) & (ids < batch.hi[:, t, None])
         p = (state @ model.head.T).masked_fill(~allowed, -torch.inf).softmax(-1)
-        tokens[:, t] = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+        tokens[:, t] = (p / torch.empty_like(p).uniform_(generator=generator).log_().neg_()).argmax(-1)
     return tokens
 
 

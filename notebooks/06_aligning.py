@@ -221,11 +221,11 @@ ax.legend(fontsize=8, loc="lower left")
 plt.show()
 
 # %% [markdown]
-# **Check.** Read it slowly. At temperature 1, the right end of each line, both aligned models are far above the base: a
+# **Check.** Read it slowly. At temperature 1, the right end of each line, both aligned models are above the base: a
 # headline. But the base at a low temperature is as good, for nothing. GRPO alone has bought quality with variety: its whole
-# line lies below or left of the others. With the pre-training loss kept, the line is above plain training over most of the
-# range they share: something was gained that no temperature gives. How much of it is luck? One seed cannot tell; notebook
-# 08 asks.
+# line lies below or left of the base's. With the pre-training loss kept, the line is back at the base's: nothing is lost, and
+# on prompts like these nothing is gained that a temperature would not give. Where alignment does give something (three
+# objects, answers that the web gets wrong), and how much of a small difference is luck, notebook 08 asks.
 #
 # ## Without any learning
 #

@@ -81,9 +81,9 @@ for name, pick in {"at T = 1": lambda f: f[-1]["compose"], "at each one's best T
           + f"   lvrpo - base {gain[name]['lvrpo'] - gain[name]['base']:+.3f}")
 
 # %% [markdown]
-# **Check.** On the left most of the gain at temperature 1 is to be had for nothing by sampling colder, as notebook 03 let
-# us expect. On the right no temperature helps the base: it never draws three objects. That is where alignment really does
-# something. *One number at one temperature shows neither.*
+# **Check.** On the left the gain at temperature 1 shrinks to little or nothing once everybody may sample colder, as notebook 03
+# let us expect (the two lines printed above). On the right no temperature helps the base: it hardly ever draws three
+# objects. That is where alignment really does something. *One number at one temperature shows neither.*
 #
 # (Here the best temperature was chosen on the numbers that are shown, which flatters everybody a little. The README's table
 # chooses it on validation prompts: `best_temperature` in `eval.json`.)
@@ -107,7 +107,7 @@ figure, ax = plt.subplots(figsize=(4.8, 2.6))
 for method, color in METHODS.items():
     y = [np.mean(v) if None not in (v := [quality_at(front(method, s), d) for s in seeds]) else np.nan for d in levels]
     ax.plot(levels, y, "o-", color=color, label=method, markersize=4)
-ax.set(xlabel="diversity that is demanded", ylabel="best quality that offers it", title="At equal diversity the order can turn")
+ax.set(xlabel="diversity that is demanded", ylabel="best quality that offers it", title="At equal diversity: who leads depends on how much")
 ax.legend()
 plt.show()
 
@@ -189,9 +189,9 @@ ax.invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# **Check.** Grey intervals hold 0: nothing is shown, whatever the mean. With three seeds Student's t is 4.3, so one odd
-# seed makes an interval huge; that is not pedantry, it is what three numbers can tell. Blue ones on the *left* are losses:
-# they belong in a table as well.
+# **Check.** Grey intervals hold 0: nothing is shown, whatever the mean. Student's t is 4.3 with three seeds and 2.8 with
+# five, so one odd seed makes an interval huge; that is not pedantry, it is what so few numbers can tell. Blue ones on the *left*,
+# where there are any, are losses: they belong in a table as well.
 #
 # ## 5. Looking until it shines
 #
