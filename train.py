@@ -345,6 +345,10 @@ RANK, WORLD = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0),
 
 def join(config):
     """Meet the others. All but the first work on a copy of the run directory that is thrown away: one writes."""
+    for task, shares in GRPO_PROMPTS.items():
+        counts = [max(round(config.prompts * share), 1) for share in shares]
+        if task in config.tasks.split(",") and any(n % WORLD for n in counts):
+            raise ValueError(f"--prompts {config.prompts}: {WORLD} processes cannot share {counts[0]} prompts of {task}, {counts[1]} kept")
     torch.distributed.init_process_group()
     atexit.register(torch.distributed.destroy_process_group)
     if torch.cuda.is_available():
@@ -878,8 +882,6 @@ class Trainer:
             rng = self.rng(stage, step, task)
             source = rng.choice([s for s in self.sources if task in s.tasks])
             asked, kept = (max(round(c.prompts * share), 1) for share in GRPO_PROMPTS[task])
-            if kept % WORLD or asked % WORLD:
-                raise ValueError(f"--prompts {c.prompts}: {WORLD} processes cannot share {asked} prompts of {task}, {kept} of them kept")
             examples = own_share([source.example(rng, task, source.prompt_pool(rng, task)) for _ in range(asked)])
             batch = self.vocab.batch(examples, self.codebook.encode(pictures_of(examples)), self.device)
 
