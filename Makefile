@@ -1,6 +1,6 @@
 # make train: set up, align, train the obvious alternative from the same base, compare
 # make reproduce: every method, five seeds, the paper's claims (97 minutes on two cores; start again to go on)
-# make notebooks: run the course, refresh its outputs, print the minutes of each (3 minutes)
+# make notebooks: run the course, refresh its outputs, print the minutes of each (4 minutes)
 # make test: set up and run the tests      make test-all: the long ones too
 PYTHON ?= python3
 VENV := .venv

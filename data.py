@@ -465,6 +465,7 @@ def happens(rng, scene, caption, most, noise=None, chance=1.0):
         return scene[:i] + scene[i + 1 :], f"{the} disappears", Caption(tuple(mentions))
 
     def outcome():
+        """One way the event can end: the object after it."""
         (color, shape), (row, column) = rng.choice(new), rng.choice(free)
         change = {"moves": {"row": row, "column": column}, "color": {"color": rng.choice([c for c, s in new if s == o.shape])},
                   "size": {"size": "small" if o.size == "big" else "big"}}  # fmt: skip

@@ -120,6 +120,7 @@ def outline(mask):
 
 @functools.lru_cache(100_000)  # the same few outlines come again and again
 def likest(pixels, size):
+    """`outline` of a mask given as bytes and shape, which can be looked up."""
     best, found, mask = LIKENESS, (None, None), np.frombuffer(pixels, bool).reshape(size)
     for name, shape in OUTLINES.items():
         h, w = (max(a, b) for a, b in zip(mask.shape, shape.shape))

@@ -121,6 +121,7 @@ class SelectedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, choice: Choice) -> Tensor:
+        """(K1) and (K2), chunk by chunk."""
         ctx.choice, cast, logprobs = choice, weight.to(choice.dtype), []
         for part in choice.slices():
             logs, chosen = choice.logs(hidden, cast, part)
@@ -131,6 +132,7 @@ class SelectedLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor):
+        """(K4) to (K6), chunk by chunk; g (M,) is the gradient of the log-probs."""
         (hidden, weight, kept), choice = ctx.saved_tensors, ctx.choice
         cast = weight.to(choice.dtype)
         dhidden, dweight = torch.zeros_like(hidden, dtype=g.dtype), torch.zeros_like(weight, dtype=g.dtype)
@@ -149,6 +151,7 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, choice: Choice, loss_of, whole_sequences: bool):
+        """(K1) to (K6) of a chunk before the next: the loss, its metrics, and both gradients, kept for backward."""
         cast, parts = weight.to(choice.dtype), choice.slices()
         dhidden, dweight = (torch.zeros_like(x, dtype=at_least_float32(cast[:0]).dtype) for x in (hidden, weight))
         logprobs = dhidden.new_zeros(len(hidden))
@@ -172,6 +175,7 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, scale: Tensor, _):
+        """The gradients that forward kept, times the gradient of the loss."""
         dhidden, dweight = (x.mul(scale).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return dhidden, dweight, None, None, None
 

@@ -918,7 +918,7 @@ class Trainer:
                     row["ptx_tokens"] = row.get("ptx_tokens", 0) + tokens
                     row["labels"] = row.get("labels", 0) + clean_labels(rows)
                 if epoch == 0 and stage == "dpo":
-                    row["pairs"] = sum(len(best_and_worst(r.rewards)[0]) for r, _ in rollouts)
+                    row["pairs"] = WORLD * sum(len(best_and_worst(r.rewards)[0]) for r, _ in rollouts)
                 yield parts, row
 
         self.optimise(stage, policy, c.grpo_steps, c.grpo_lr, losses, self.watcher())
@@ -946,6 +946,7 @@ class Trainer:
         pools = [judge.pools[p] for p in ("compose", "compose_heldout") if p in judge.pools]
 
         def watch(step, model):
+            """{column: value} for the log, {} between two looks."""
             if step % every and step + 1 < self.config.grpo_steps:
                 return {}
             asked, row = evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", self.config.seed), {}
