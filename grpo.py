@@ -364,7 +364,7 @@ def rollout(policy, batch, group_size, reward_fn, vocab, generator=None, tempera
     rewards, parts = reward_fn(repeated, tokens)
     clock.append(time.perf_counter())
     filled = repeated.pack(tokens)
-    start, length = first_choices(filled)
+    start, _, length = first_choices(filled)
     mask = tails(filled.mask, start, length, False)
     spread = rewards.amax(1) - rewards.amin(1)
     stats = {f"reward_{task}": rewards.mean(), f"zero_spread_{task}": (spread < 1e-6).float().mean(),

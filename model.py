@@ -21,6 +21,7 @@ Left out: dropout, biases, a second network for pictures (a trained autoencoder 
 
 import contextlib
 import hashlib
+import itertools
 import os
 import random
 import time
@@ -210,10 +211,10 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x, turn=None, causal=True, mask=None, cache=None, first=0):
+    def forward(self, x, turn=None, causal=True, mask=None, cache=None, at=slice(None)):
         """x (N, L, C), its queries and keys turned by a `rotation`. mask: bool, broadcast to (N, H, L, keys), the keys that
-        may be looked at; it replaces `causal`. cache: (keys, values), each (N, H, longest, D): written from column `first`
-        on, read up to the last column written."""
+        may be looked at; it replaces `causal`. cache: (keys, values), each (N, H, keys, D): written at the columns `at`, a
+        slice or a tensor (L,), and then read whole."""
         n, length, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         # queries and keys of equal length: attention logits are bounded and cannot blow up at high learning rates
@@ -221,8 +222,8 @@ class Block(nn.Module):
         q, k = (qk if turn is None else rotate(qk, turn)).to(v.dtype)
         if cache is not None:
             for store, new in zip(cache, (k, v)):
-                store[:, :, first : first + length] = new
-            k, v = (store[:, :, : first + length] for store in cache)
+                store.index_copy_(2, at, new) if torch.is_tensor(at) else store[:, :, at].copy_(new)
+            k, v = cache
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=self.scale)
         x = x + self.out(y.transpose(1, 2).reshape(n, length, width))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -257,15 +258,15 @@ class Transformer(nn.Module):
     def head(self):
         return self.embed.weight
 
-    def forward(self, tokens, patch, positions=None, cache=None, first=0, mask=None):
-        """positions: (L,) or (N, L), 0 to L-1 if None; cache, first and mask: see Block."""
+    def forward(self, tokens, patch, positions=None, cache=None, at=slice(None), mask=None):
+        """positions: (L,) or (N, L), 0 to L-1 if None; cache, at and mask: see Block."""
         x = self.embed(tokens)
         place = self.row(patch.clamp(min=0) // self.config.side) + self.column(patch.clamp(min=0) % self.config.side)
         x = x + place * (patch >= 0).unsqueeze(-1)
         positions = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
         turn = rotation(positions, self.config.width // self.config.heads)
         for i, block in enumerate(self.blocks):
-            x = block(x, turn, cache=cache and cache[i], first=first, mask=mask)
+            x = block(x, turn, cache=cache and cache[i], at=at, mask=mask)
         return self.norm(x).to(self.compute_dtype)
 
     def new_cache(self, n, length):
@@ -285,11 +286,11 @@ class Transformer(nn.Module):
 
 
 def first_choices(batch):
-    """Where the prompt ends: (B,) position of each row's first chosen token; and the length of the longest tail, which is
-    everything from there to the last chosen token."""
+    """Where the prompts end: (B,) position of each row's first chosen token; the length of the longest prompt; and that of the
+    longest tail, which is everything from the first to the last chosen token."""
     chosen = batch.tokens < 0
     start, end = chosen.int().argmax(1), chosen.shape[1] - chosen.flip(1).int().argmax(1)
-    return start, int((end - start).max())
+    return start, *torch.stack((start.max(), (end - start).max())).tolist()
 
 
 def tails(x, start, length, fill=PAD):
@@ -301,29 +302,32 @@ class Prompted:
     """B templates whose prompts a model has read, and G candidates of each that go on from there: N = B*G, row n is a
     candidate of template n // G. The keys and values of a prompt are computed once and shared."""
 
-    def __init__(self, model, batch, group=1, room=0):
-        """room: how many tokens will be read after the prompt."""
-        start, share = first_choices(batch)[0], lambda x: x.repeat_interleave(group, 0)
-        rows, width = torch.arange(len(start), device=start.device), int(start.max())
+    def __init__(self, model, batch, group=1, room=0, fixed=False):
+        """room: how many tokens will be read after the prompt. fixed: `read` always works on all of the cache, on the same
+        memory and with numbers that stand in tensors, so that a GPU can record it; else on the part that is filled."""
+        (start, width, _), share = first_choices(batch), lambda x: x.repeat_interleave(group, 0)
+        rows, self.columns = torch.arange(len(start), device=start.device), torch.arange(width + room, device=start.device)
         cache = model.new_cache(len(start), width)
         hidden = model(batch.tokens[:, :width].clamp(min=0), batch.patch[:, :width], cache=cache)
-        self.model, self.position, self.filled = model, share(start), width
+        self.model, self.position, self.fixed = model, share(start), fixed
+        self.filled = torch.full((1,), width, device=start.device) if fixed else width
         self.state = share(hidden[rows, start - 1])  # (N, C), predicts the first chosen token
         self.cache = [tuple(F.pad(share(x), (0, 0, 0, room)) for x in layer) for layer in cache]
-        given = torch.arange(width, device=start.device) < start[:, None]  # shorter prompts: nobody looks at what follows
-        self.seen = F.pad(share(given), (0, room), value=True)[:, None, None]  # (N, 1, 1, width + room)
+        given = self.columns[:width] < start[:, None]  # shorter prompts: nobody looks at what follows
+        self.seen = F.pad(share(given), (0, room), value=True)  # (N, width + room)
 
     def read(self, tokens, patch, real=None):
         """The next T tokens of every candidate and their patch numbers, (N, T) each -> their states (N, T, C).
         real: (N, T) bool; what is not takes no position, and nobody looks at it."""
         step = torch.arange(tokens.shape[1], device=tokens.device)
-        end = self.filled + len(step)
+        at, end = (self.filled + step, None) if self.fixed else (slice(self.filled, self.filled + len(step)), self.filled + len(step))
         if real is not None:
-            self.seen[:, 0, 0, self.filled : end] = real
-        mask = self.seen[..., :end] & (torch.arange(end, device=tokens.device) <= self.filled + step[:, None])
+            self.seen.index_copy_(1, self.filled + step, real)
+        mask = self.seen[:, None, None, :end] & (self.columns[:end] <= self.filled + step[:, None])
         positions = self.position[:, None] + (step if real is None else real.cumsum(1) - 1)
-        hidden = self.model(tokens, patch, positions, self.cache, self.filled, mask)
-        self.position, self.filled = positions[:, -1] + 1, end
+        hidden = self.model(tokens, patch, positions, [tuple(x[:, :, :end] for x in layer) for layer in self.cache], at, mask)
+        self.position.copy_(positions[:, -1] + 1)
+        self.filled += len(step)
         return hidden
 
 
@@ -338,49 +342,81 @@ def completion_states(model, batch, tail, patch):
 # ---------------------------------------------------------------- sampling: fill a template
 
 
+def recorded(step, device):
+    """step(), to be called again and again on the same tensors. On a GPU its kernels are recorded at the second call, and
+    launched all at once from then on (a CUDA graph): a token takes hundreds of them, of microseconds each."""
+    if device.type != "cuda":
+        return step
+    calls, graph = itertools.count(), torch.cuda.CUDAGraph()
+
+    def call():
+        number = next(calls)
+        if number == 0:
+            return step()  # what happens once only, such as choosing algorithms, happens here
+        if number == 1:
+            with torch.cuda.graph(graph):
+                step()  # recorded, not done
+        graph.replay()
+
+    return call
+
+
 @torch.no_grad()
-def sample(model, batch, vocab, generator=None, temperature=1.0, guidance=0.0, group=1):
+def sample(model, batch, vocab, generator=None, temperature=1.0, guidance=0.0, group=1, fixed=None):
     """Fill the chosen positions of a Batch of B templates, `group` times each; returns tokens (B*group, L) int64 with
     nothing left at -1, the candidates of a template one after the other.
 
     A free text ends at its first <eos>: what follows it in its span becomes <pad>, which nothing after it sees.
     temperature 0 takes the most likely token. guidance > 0 needs a model that was trained with dropped prompts.
+    fixed: see Prompted; None means on a GPU.
     """
     if not temperature >= 0:
         raise ValueError(f"temperature must be 0 or more, not {temperature}")
-    start, length = first_choices(batch)
-    template, lo, hi, patch = (
-        tails(x, start, length, fill).repeat_interleave(group, 0) for x, fill in zip((batch.tokens, *batch[2:]), (PAD, 0, vocab.size, -1)))
+    start, _, length = first_choices(batch)
+    share, device = lambda x: x.repeat_interleave(group, 0), batch.tokens.device
+    fixed = device.type == "cuda" if fixed is None else fixed
+    tail, lo, hi, patch = (share(tails(x, start, length, fill)) for x, fill in zip((batch.tokens, *batch[2:]), (PAD, 0, vocab.size, -1)))
     views = [batch]
     if guidance:  # the same templates, told nothing
         views.append(batch.blank(torch.ones_like(start, dtype=torch.bool)))
-    runs = [Prompted(model, view, group, length - 1) for view in views]
-    given = [tails(view.tokens, start, length).repeat_interleave(group, 0) for view in views]
-    states, tail = [run.state for run in runs], template.clone()
-    ids, ended = torch.arange(vocab.size, device=tail.device), torch.zeros(len(tail), dtype=torch.bool, device=tail.device)
-    last_span = bool((template <= PAD).all())  # nothing but choices, then padding: once all texts have ended, so has the work
-    for t in range(length):
-        logits = [matmul(state, model.head.T.to(state.dtype)) for state in states]
+    runs = [Prompted(model, view, group, length - 1, fixed) for view in views]
+    given, free = [share(tails(view.tokens, start, length)) for view in views], tail < 0
+    states, head, ids = [run.state for run in runs], model.head.T.to(runs[0].state.dtype), torch.arange(vocab.size, device=device)
+    noise, ended = torch.empty(len(tail), vocab.size, device=device), torch.zeros(len(tail), 1, dtype=torch.bool, device=device)
+    t = torch.zeros(1, dtype=torch.long, device=device)
+    column = lambda x: x.index_select(1, t)  # (N, 1): what a table has for this step  # noqa: E731
+
+    def choose():
+        logits = [matmul(state, head) for state in states]
         logits = logits[0] if not guidance else (1 + guidance) * logits[0] - guidance * logits[1]  # (M7)
-        allowed = (ids >= lo[:, t, None]) & (ids < hi[:, t, None])
-        logits = logits.masked_fill(~allowed, -torch.inf)
-        if temperature == 0:
-            choice = logits.argmax(-1)
-        else:
-            p = torch.softmax(logits / temperature, -1)  # (M5)
-            noise = torch.empty_like(p).uniform_(generator=generator).log_().neg_()  # on a CPU 3 times as fast as exponential_
-            choice = (p / noise).argmax(-1)  # (M6)
-        chosen = template[:, t] < 0
-        ended = ended & chosen  # a given token starts a new span
-        tail[:, t] = torch.where(chosen, torch.where(ended, PAD, choice), tail[:, t])
-        real, ended = ~ended[:, None], ended | (chosen & (tail[:, t] == EOS))
-        if t + 1 == length or (last_span and tail.device.type == "cpu" and bool(ended.all())):  # elsewhere asking costs more
-            break
-        nexts = [torch.where(chosen, tail[:, t], g[:, t])[:, None] for g in given]
-        states = [run.read(token, patch[:, t : t + 1], real)[:, 0] for run, token in zip(runs, nexts)]
-    tokens = batch.tokens.repeat_interleave(group, 0)
-    tokens[tokens < 0] = tail[template < 0].clamp(min=PAD)  # row by row, both in the order of positions
-    return tokens
+        logits.masked_fill_((ids < column(lo)) | (ids >= column(hi)), -torch.inf)
+        if temperature:
+            logits = torch.softmax(logits / temperature, -1) / noise.log_().neg_()  # (M5) (M6)
+        chosen = column(free)
+        ended.logical_and_(chosen)  # a given token starts a new span
+        token = logits.argmax(-1, keepdim=True).masked_fill(ended, PAD)
+        tail.index_copy_(1, t, torch.where(chosen, token, column(tail)))
+
+    def step():
+        """Read the token that was chosen, and choose the next."""
+        chosen, token, real = column(free), column(tail), ~ended
+        ended.logical_or_(chosen & (token == EOS))
+        for run, state, view in zip(runs, states, given):
+            state.copy_(run.read(torch.where(chosen, token, column(view)), column(patch), real)[:, 0])
+        t.add_(1)
+        choose()
+
+    once_more = recorded(step, device)
+    last_span = device.type == "cpu" and bool((tail <= PAD).all())  # nothing but choices, then padding; elsewhere asking costs more
+    for i in range(length):
+        if temperature:
+            noise.uniform_(generator=generator)  # on a CPU 3 times as fast as exponential_
+        once_more() if i else choose()
+        if last_span and bool((ended | (column(tail) == EOS)).all()):
+            break  # all texts have ended
+    tail.clamp_(min=PAD)
+    room = F.pad(share(batch.tokens), (0, length))
+    return room.scatter(1, share(start)[:, None] + torch.arange(length, device=device), tail)[:, : batch.tokens.shape[1]]
 
 
 def completion_mask(batch, tokens):

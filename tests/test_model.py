@@ -1,7 +1,9 @@
 """The codebook, the transformer and the sampler."""
 
+import contextlib
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ import torch.nn.functional as F
 from conftest import example
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data import EOS, IMAGE, MAX_TEXT, PAD, TEMPLATES, Batch, pictures_of, render, sample_scene
 from model import (
@@ -21,6 +25,7 @@ from model import (
     completion_states,
     first_choices,
     pick_device,
+    recorded,
     rotate,
     rotation,
     sample,
@@ -265,6 +270,56 @@ def test_cached_sampling_equals_uncached_token_for_token(model, vocab, codebook,
     cached = sample(model, batch, vocab, torch.Generator().manual_seed(3), temperature, guidance)
     assert (cached >= 0).all()
     assert torch.equal(cached, plainly_sampled(model, batch, vocab, torch.Generator().manual_seed(3), temperature, guidance))
+    fixed = sample(model, batch, vocab, torch.Generator().manual_seed(3), temperature, guidance, fixed=True)
+    assert torch.equal(cached, fixed)  # as a GPU does it
+
+
+class Elsewhere(TorchDispatchMode):
+    """Fails at an operation that takes or makes a tensor of the host."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        assert all(x.is_meta for x in tree_leaves((args, kwargs, result)) if torch.is_tensor(x)), operation
+        return result
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_a_gpu_can_record_a_step_of_the_sampler(vocab, codebook, monkeypatch, guidance):
+    """The whole loop on a device without any memory: it asks for no number, and mixes in no tensor of the host, each of which
+    would break a recording. The lengths of the prompts, which are asked for once before it, are given."""
+    batch = batch_of(vocab, codebook, n=2)
+    start, *lengths = first_choices(batch)
+    found = start.to("meta"), *lengths
+    monkeypatch.setattr("model.first_choices", lambda batch: found)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # there is no autocast for it
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    model = Transformer(ModelConfig(vocab.size, codebook.side, 32, 2, 4)).to("meta")
+    batch = Batch(*(x.to("meta") for x in batch))
+    with Elsewhere():
+        tokens = sample(model, batch, vocab, guidance=guidance, group=3, fixed=True)
+    assert tokens.is_meta and tokens.shape == (3 * len(start), batch.tokens.shape[1])
+    with pytest.raises(AssertionError), Elsewhere():  # such a tensor would be found
+        batch.tokens.index_select(1, torch.zeros(1, dtype=torch.long))
+
+
+def test_a_recorded_step_is_done_as_often_as_it_is_called(monkeypatch):
+    done = []
+
+    @contextlib.contextmanager
+    def recording(graph):
+        before = len(done)
+        yield
+        graph.replay = lambda work=done[before:]: done.extend(work)
+        del done[before:]  # a recording does not do what it records
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    for device in ("cpu", "cuda"):
+        done.clear()
+        step = recorded(lambda: done.append("token"), torch.device(device))
+        for n in range(1, 6):
+            step()
+            assert done == ["token"] * n
 
 
 @pytest.mark.parametrize("tasks", [("draw",), ("reason",), TASKS], ids=lambda tasks: "+".join(tasks))
@@ -282,7 +337,7 @@ def test_states_and_gradients_after_a_shared_prompt_are_those_of_whole_sequences
     model, batch, group = lively(vocab, codebook).double(), batch_of(vocab, codebook, tasks, n=2), 3
     tokens = sample(model, batch, vocab, torch.Generator().manual_seed(0), group=group)
     filled = batch.repeat(group).pack(tokens)
-    tokens, (start, length) = filled.target, first_choices(filled)
+    tokens, (start, _, length) = filled.target, first_choices(filled)
     mask = tails(filled.mask, start, length, False)
     tail, patch = tails(tokens, start, length), tails(filled.patch, start, length, -1)
     weight = torch.randn(int(mask.sum()), 32, dtype=torch.float64)
@@ -302,8 +357,8 @@ def test_states_and_gradients_after_a_shared_prompt_are_those_of_whole_sequences
 def test_tails_start_at_the_first_choice_and_are_filled_at_the_end():
     tokens = torch.tensor([[1, 2, -1, -1, 5], [1, 2, 3, -1, 5]])
     batch = Batch(*[tokens] * 5)
-    start, length = first_choices(batch)
-    assert start.tolist() == [2, 3] and length == 2
+    start, prompt, length = first_choices(batch)
+    assert start.tolist() == [2, 3] and (prompt, length) == (3, 2)
     assert tails(tokens, start, 3).tolist() == [[-1, -1, 5], [-1, 5, PAD]]
 
 
