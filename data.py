@@ -561,14 +561,6 @@ def statement(rng, rows, slots, sample, closed=()):
                 return text, found[label], TRUTH[label], row.kind, counts(found[label])
 
 
-def every_sentence(rows, slots):
-    """All of them: {text: holds}."""
-    made = (counting_sentence(row, q, dict(zip(found, values)))
-            for row in rows for found in [slots_of(row, slots)] for q in QUANTIFIERS
-            for values in itertools.product(*(words.items() for words in found.values())))  # fmt: skip
-    return {text: holds for text, _, holds in made}
-
-
 WORLD_SLOTS = {"c": {c: c for c in COLORS}, "d": {c: c for c in COLORS}, "s": {s: s for s in SHAPES}, "z": {z: z for z in SIZES},
                "o": {r: r for r in INVERSE}}  # fmt: skip
 WORLD_ROWS = [  # no sentence names two kinds
@@ -725,6 +717,7 @@ def read(path, root, expected, reader):
 
 
 def read_lines(path, root, count=None):
+    """The lines of a text file; ValueError where it is damaged, or has not `count` of them."""
     lines = read(path, root, "UTF-8 text", lambda p: p.read_text("utf-8").removesuffix("\n").split("\n"))
     if count is not None and len(lines) != count:
         raise data_error(path, f"{len(lines)} lines", f"{count}, one for each picture", root)
@@ -732,6 +725,7 @@ def read_lines(path, root, count=None):
 
 
 def check_split(root, split, legal):
+    """ValueError that names the splits there are."""
     if split not in legal:
         raise ValueError(f"{root}: found no split {split!r}, expected one of {', '.join(legal)}")
 
@@ -1070,6 +1064,7 @@ def render_box(box):
 
 
 def shrink(box):
+    """A box of any size -> (S, S, 3) uint8."""
     return np.asarray(box.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
@@ -1306,11 +1301,13 @@ class Vocabulary:
         return Vocabulary(tokenizer, {w for t in texts for w in t.split()}, n_codes, n_patches)
 
     def save(self, folder):
+        """tokenizer.json and words.json."""
         self.tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "words.json").write_text(json.dumps(sorted(self.words)), encoding="utf-8")
 
     @staticmethod
     def load(folder, n_codes, n_patches):
+        """What `save` left there."""
         words = json.loads((folder / "words.json").read_text(encoding="utf-8"))
         return Vocabulary(Tokenizer.from_file(str(folder / "tokenizer.json")), words, n_codes, n_patches)
 
@@ -1337,7 +1334,8 @@ class Vocabulary:
         rows = [self._row(e, [next(left) for _ in range(1 if e.picture is None else len(e.pictures))]) for e in examples]
         length = max(map(len, rows))
         padded = [row + [(PAD, PAD, 0, self.size, -1)] * (length - len(row)) for row in rows]
-        return Batch(*torch.tensor(padded).permute(2, 0, 1).contiguous()).to(device)
+        flat = np.fromiter(itertools.chain.from_iterable(itertools.chain.from_iterable(padded)), np.int64)  # 6 times as fast as a tensor
+        return Batch(*torch.from_numpy(flat.reshape(len(rows), length, 5)).permute(2, 0, 1).contiguous()).to(device)
 
     def _row(self, example, pictures):
         """One example, position by position: (template, reference, lo, hi, patch number). pictures: the codes of each."""

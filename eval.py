@@ -77,8 +77,8 @@ from model import (
     ModelConfig,
     Transformer,
     atomically,
-    completion_mask,
     completion_states,
+    decode,
     pick_device,
     read_tensors,
     sample,
@@ -113,14 +113,10 @@ def _neighbours(x, axis):
     return (x[:, :-1], x[:, 1:]) if axis == 1 else (x[:, :, :-1], x[:, :, 1:])
 
 
-def outline(mask):
-    """The (shape, size) whose outline overlaps a cropped bool mask best, or (None, None) below LIKENESS."""
-    return likest(mask.tobytes(), mask.shape)
-
-
 @functools.lru_cache(100_000)  # the same few outlines come again and again
-def likest(pixels, size):
-    """`outline` of a mask given as bytes and shape, which can be looked up."""
+def outline(pixels, size):
+    """The (shape, size) whose outline overlaps a cropped bool mask best, or (None, None) below LIKENESS. The mask comes as its
+    bytes and shape, which can be looked up."""
     best, found, mask = LIKENESS, (None, None), np.frombuffer(pixels, bool).reshape(size)
     for name, shape in OUTLINES.items():
         h, w = (max(a, b) for a, b in zip(mask.shape, shape.shape))
@@ -148,7 +144,8 @@ def parse(pictures):
                 continue
             box = np.s_[y.min() : y.max() + 1, x.min() : x.max() + 1]
             row, column = (int((v.min() + v.max() + 1) / 2 > half) for v in (y, x))
-            scene.append(Object(NAMES[label[y[0], x[0]]], *outline(region[box] == r), row, column))
+            mask = region[box] == r
+            scene.append(Object(NAMES[label[y[0], x[0]]], *outline(mask.tobytes(), mask.shape), row, column))
         scenes.append(scene)
     return [scenes[i] for i in which]
 
@@ -258,20 +255,25 @@ class FashionJudge:
         self.accuracy = float((self.classify(unseen) == theirs).mean())
 
     def scores(self, pictures):
+        """(N, S, S, 3) uint8 -> (N, 10) logits."""
         return self.net(torch.from_numpy(np.ascontiguousarray(pictures[..., :1])).permute(0, 3, 1, 2) / 127.5 - 1)
 
     @torch.no_grad()
     def classify(self, pictures):
+        """(N, S, S, 3) uint8 -> classes (N,)."""
         return self.scores(np.asarray(pictures)).argmax(1).numpy()
 
     def draw(self, examples, pictures):
+        """(N,) bool: is a picture of the class asked for? And the share."""
         right = self.classify(pictures) == np.array([e.truth for e in examples])
         return right, {"class": float(right.mean())}
 
     def failed(self, examples, pictures):
+        """What is wrong with each, a list of sets."""
         return [set() if ok else {"class"} for ok in self.draw(examples, pictures)[0]]
 
     def caption(self, examples, texts):
+        """(N,) bool: does a text name the class?"""
         return np.array([t == e.answer or t.split()[-1:] == e.answer.split()[-1:] for e, t in zip(examples, texts)])
 
 
@@ -329,6 +331,7 @@ class Evaluator:
         self.split, self.seed, self.batch, self.rewards, self.n = split, seed, batch, rewards, n
 
     def examples(self, task, n, pools=("paired",)):
+        """n examples of a task, pools in turn; the same for every model. Of SHAPES and NLVR at most all there are."""
         rng = random.Random(f"{self.split}/{self.seed}/{self.source.name}/{task}/{pools}")
         if isinstance(self.source, Asked):  # each real item once, or n of them, the same with and without steps
             items, rng = self.source.splits[self.split], random.Random(f"{self.split}/{self.seed}/{self.source.name}")
@@ -343,7 +346,7 @@ class Evaluator:
         generator = torch.Generator(device).manual_seed(seed)
         for start in range(0, len(examples), rows):
             part = examples[start : start + rows]
-            codes = self.codebook.encode(pictures_of(part))
+            codes = self.codebook.encode(torch.as_tensor(pictures_of(part), device=device))
             batch = self.vocab.batch(part, codes, device)
             tokens = sample(self.model, batch, self.vocab, generator, temperature, guidance, group)
             outputs += decode(self.vocab, self.codebook, part[0].task, batch.repeat(group), tokens)
@@ -361,13 +364,13 @@ class Evaluator:
             chosen += [some[i * n + j] for i, j in enumerate(rewards.argmax(1).tolist())]
         return np.stack(chosen) if examples[0].task == "draw" else chosen
 
-    def answers(self, task, n, pools=("paired",), temperature=0.0):
+    def answers(self, task, n, pools=("paired",)):
         """(N,) bool for ask, reason, judge and caption."""
-        return self.answered(self.examples(task, n, pools), temperature)
+        return self.answered(self.examples(task, n, pools))
 
-    def answered(self, examples, temperature=0.0):
-        """(N,) bool: which of these are answered right?"""
-        texts = self.outputs(examples, temperature)
+    def answered(self, examples):
+        """(N,) bool: which of these are answered right? By the most likely answer."""
+        texts = self.outputs(examples, 0.0)
         if examples[0].task == "caption":
             return self.judge.caption(examples, texts)
         return np.array([exact_match(t, e.answer) > 0 for t, e in zip(texts, examples)])
@@ -420,11 +423,8 @@ class Evaluator:
         device = self.model.head.device
         examples = self.examples("text", n)
         batch = self.vocab.batch(examples, torch.zeros(n, self.vocab.n_patches, dtype=torch.long), device).trim()
-        hidden = self.model(batch.target[:, :-1], batch.patch[:, :-1]).float()
-        logits = (hidden @ self.model.head.T.float())[..., : self.vocab.n_text]
-        logits[..., : int(batch.lo.max())] = -torch.inf  # the words that can be chosen, as in training
-        logprobs = logits.log_softmax(-1).gather(-1, batch.target[:, 1:, None])[..., 0]
-        mask = batch.mask[:, 1:]
+        hidden, mask = self.model(batch.target[:, :-1], batch.patch[:, :-1]), batch.mask[:, 1:]
+        logprobs = selected_logprobs(hidden, self.model.head, batch.target[:, 1:], lo=batch.lo[:, 1:], hi=batch.hi[:, 1:])
         sums, counts = -torch.where(mask, logprobs, 0.0).sum(1), mask.sum(1)
         return average((sums / counts).cpu().numpy(), counts.cpu().numpy())  # (E5)
 
@@ -463,21 +463,8 @@ def embed(clip, pictures, batch=512):
 
 
 def tidy(x):
+    """Four digits, or None for what is not a number: JSON has no nan."""
     return None if math.isnan(x) else round(x, 4)
-
-
-def decode(vocab, codebook, task, batch, tokens):
-    """Filled templates of one task -> what was chosen in each, a list: pictures (S, S, 3) uint8; for a story its three, (3, S, S, 3);
-    texts; for a plan (text, picture)."""
-    chosen, pictures = completion_mask(batch, tokens), []
-    drawn = chosen & (batch.patch >= 0)
-    if drawn.any():
-        pictures = codebook.decode(tokens[drawn].view(-1, vocab.n_patches) - vocab.n_text).cpu().numpy()
-        pictures = list(pictures.reshape(len(tokens), -1, *pictures.shape[1:]) if task == "story" else pictures)
-    if task in ("draw", "story"):
-        return pictures
-    texts = [vocab.decode(row[keep].tolist()) for row, keep in zip(tokens.cpu(), (chosen & ~drawn).cpu())]
-    return list(zip(texts, pictures)) if task == "plan" else texts
 
 
 TEMPERATURES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -497,23 +484,13 @@ def measure(evaluator, clip, n=1000):
     """Every metric of one model on one source: {group: {metric: {"value", "low", "high", "n"} or None}}; a breakdown of the
     drawings by kind of statement and of the answers by kind of question; and the outcome of every single item, {metric: list}, to
     pair methods by."""
-    e, judge, found, breakdown, items = evaluator, evaluator.judge, {}, {}, {}
+    e, judge, tasks, found, breakdown, items = evaluator, evaluator.judge, evaluator.source.tasks, {}, {}, {}
 
     def note(metric, outcomes, cell, **more):
         found[metric], items[metric] = cell(outcomes) | more, np.round(outcomes * 1, 4).tolist()
 
-    tasks = e.source.tasks
-    for metric, pools in judge.pools.items():  # at temperature 1, one picture a prompt
-        examples = e.examples("draw", 2 * n if metric == "compose" else n, pools)
-        pictures = e.outputs(examples)
-        right, breakdown[metric] = judge.draw(examples, pictures)
-        note(metric, right, rate)
-        if metric == "compose":
-            note("clip_score", clip_score(clip, e.vocab, pictures, [x.prompt for x in examples]).cpu().numpy(), average)
-            real, other = (np.stack([x.picture for x in some]) for some in (examples, e.examples("caption", 2 * n, pools)))
-            seen = [embed(clip, x) for x in (pictures, real, other)]
-            for name, ours in {"frechet": seen[0], "frechet_floor": seen[1]}.items():
-                found[name] = {"value": round(frechet(ours, seen[2]), 5), "low": None, "high": None, "n": 2 * n}
+    if judge.pools:
+        found |= measure_drawings(e, clip, n, note, breakdown)
     for metric, pools in judge.pools.items() if "plan" in tasks else ():
         examples = e.examples("plan", n, pools)
         outputs = e.outputs(examples)
@@ -545,21 +522,39 @@ def measure(evaluator, clip, n=1000):
             note("steps_worked", np.array(worked), rate)
     if isinstance(e.source, Asked):
         measure_asked(e, n, note)
-    for metric, task in {"vqa": "ask", "caption": "caption", "multihop": "reason", "visual": "judge"}.items():  # the most likely answer
-        if task in e.source.tasks and metric not in found:
+    for metric, task in {"vqa": "ask", "caption": "caption", "multihop": "reason", "visual": "judge"}.items():
+        if task in tasks and metric not in found:
             note(metric, right := e.answers(task, n), rate)
             if task == "ask":
                 kinds = np.array([" ".join(x.prompt.split()[:2]) for x in e.examples(task, n)])  # how many, where is, ...
                 breakdown[metric] = {kind: float(right[kinds == kind].mean()) for kind in sorted(set(kinds))}
-            if "compose_heldout" in judge.pools:
+            if e.source.name == "synthetic":
                 note(f"{metric}_three", e.answers(task, n, ("three",)), rate)
-    if "caption" in e.source.tasks:
+    if "caption" in tasks:
         *both_ways, chance = e.retrieval(n)
         for metric, right in zip(("retrieval_i2t_r1", "retrieval_t2i_r1"), both_ways):
             note(metric, right, rate, chance=round(chance, 4))
-    if "text" in e.source.tasks:
+    if "text" in tasks:
         found["text_nll"] = e.text_nll(n)
     return {g: {m: found.get(m) for m in names} for g, names in METRICS.items()}, breakdown, items
+
+
+def measure_drawings(e, clip, n, note, breakdown):
+    """One picture a prompt at temperature 1, by the judge and by the second CLIP; returns {metric: cell} of the distances between
+    all real pictures and all drawn ones, which have no single items to note."""
+    distances = {}
+    for metric, pools in e.judge.pools.items():
+        examples = e.examples("draw", 2 * n if metric == "compose" else n, pools)
+        pictures = e.outputs(examples)
+        right, breakdown[metric] = e.judge.draw(examples, pictures)
+        note(metric, right, rate)
+        if metric == "compose":
+            note("clip_score", clip_score(clip, e.vocab, pictures, [x.prompt for x in examples]).cpu().numpy(), average)
+            real, other = (np.stack([x.picture for x in some]) for some in (examples, e.examples("caption", 2 * n, pools)))
+            seen = [embed(clip, x) for x in (pictures, real, other)]
+            for name, ours in {"frechet": seen[0], "frechet_floor": seen[1]}.items():
+                distances[name] = {"value": round(frechet(ours, seen[2]), 5), "low": None, "high": None, "n": 2 * n}
+    return distances
 
 
 def measure_asked(evaluator, n, note):
@@ -805,6 +800,7 @@ def report(folder):
 
 
 def show(cell):
+    """A number with its interval, and its chance level in round brackets."""
     if cell is None or cell["value"] is None:
         return "-"
     interval = f" [{cell['low']:.3f}, {cell['high']:.3f}]" if cell["low"] is not None else ""
@@ -930,7 +926,7 @@ def load_run(folder):
         entries = read_tensors(folder / "codebook.safetensors")["entries"]
         codebook = Codebook(entries, config["patch"])
         numbers = ("jitter", "width", "layers", "heads", "clip_width", "seed", "eval_items", "eval_prompts")
-        for name, kind in {"data": str, "data_dir": str, **dict.fromkeys(numbers, int)}.items():
+        for name, kind in {"data": str, "data_dir": str, "tasks": str, **dict.fromkeys(numbers, int)}.items():
             if not isinstance(config[name], kind):
                 raise ValueError(f"{name} in config.json is {config[name]!r}")
         return config, codebook, Vocabulary.load(folder, len(entries), codebook.side**2)
@@ -941,6 +937,7 @@ def load_run(folder):
 
 
 def load_clip(folder, name, vocab, config, device="cpu"):
+    """A CLIP of a run: name is "clip", which rewards, or "clip_report"."""
     clip = CLIP(vocab.n_text, config["patch"], width=config["clip_width"]).to(device)
     load_weights(clip, Path(folder) / f"{name}.safetensors")
     return clip.eval()
@@ -955,6 +952,7 @@ def judges(config, sources=None):
 
 # ---------------------------------------------------------------- ablations: many short runs from one base
 
+INHERITED = ("data", "tasks", "patch", "codes", "jitter", "width", "layers", "heads", "clip_width")  # a base decides them
 SHORT = {"group_size": 8, "prompts": 16, "grpo_steps": 30, "eval_items": 256, "eval_prompts": 24}
 ABLATIONS = {  # name: {variant: flags}; as many steps from the same base for all; no flags: the defaults, one run for all ablations
     "group": {f"{g} x {p} prompts": {"group_size": g, "prompts": p} if g * p != 128 or g != 8 else {} for g, p in (
@@ -1004,10 +1002,8 @@ def outcome(folder):
 def ablate(name, run, out, seeds=3, jobs=1, **flags):
     """Train every variant of an ablation from the base of a run, with several seeds: a table, and out/NAME.csv and .png.
     jobs: runs at a time, each with its share of the cores."""
-    flags, out = SHORT | flags, Path(out)
-    config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-    shape = ("width", "layers", "heads", "patch", "codes", "jitter", "clip_width")
-    flags |= {k: config[k] for k in ("preset", "device", "data", "data_dir", "tasks", *shape)}
+    config, out = json.loads((Path(run) / "config.json").read_text(encoding="utf-8")), Path(out)
+    flags = SHORT | {k: config[k] for k in ("preset", "data_dir", *INHERITED)} | flags
     flags["threads"] = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
         defaults = list(pool.map(lambda seed: trained(out / f"default-{seed}", base=run, seed=seed, **flags), range(seeds)))
@@ -1032,43 +1028,40 @@ def ablate(name, run, out, seeds=3, jobs=1, **flags):
 
 def ablation_figure(name, table, path):
     """Reward, judge and diversity side by side: a reward that rises alone is being hacked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     titles = {"reward": "reward of drawings, last quarter", "compose": "judge: compose, T=1", "compose_heldout": "judge: three objects",
-              "diversity": "diversity, T=1", "text_nll": "text NLL (lower is better)", "all": "held-out pairs in order"}  # fmt: skip
+              "diversity": "diversity, T=1", "text_nll": "text NLL (lower is better)", "all": "held-out pairs in order",
+              "calibration error": "calibration error"}  # fmt: skip
     shown = [column for column in titles if column in table]
-    figure, axes = plt.subplots(1, len(shown), figsize=(3.4 * len(shown), 3.6), layout="constrained", squeeze=False)
-    for ax, column in zip(axes[0], shown):
+    figure = Figure(figsize=(3.4 * len(shown), 3.6), layout="constrained")
+    for ax, column in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
         values = list(table[column].values())
         ax.errorbar(range(len(values)), [np.mean(v) for v in values], [np.std(v) for v in values], fmt="o", capsize=3)
-        ax.set_xticks(range(len(values)), list(table[column]), rotation=30, fontsize=8)
+        ax.set_xticks(range(len(values)), list(table[column]), rotation=30, ha="right", fontsize=8)
         ax.set_title(titles[column], fontsize=10)
     figure.suptitle(f"{name}: mean and standard deviation over seeds")
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
-def gradient_noise(run, groups=(2, 4, 8, 16), samples=128, repeats=8):
+def gradient_noise(run, groups=(2, 4, 8, 16), samples=128, repeats=8, device="cpu"):
     """Why a group: {(group size, baseline): (variance of the policy gradient, squared length of its mean)}, of drawings by the
     base of a run. The same candidates are weighed by reward, reward minus batch mean, and reward minus group mean."""
     config, codebook, vocab = load_run(run)
-    model, source = load_model(run, vocab, codebook, config, "base"), judges(config)[0][0]
-    rewards, found = Rewards(load_clip(run, "clip", vocab, config), vocab), {}
+    model, source = load_model(run, vocab, codebook, config, "base", device), judges(config)[0][0]
+    rewards, found = Rewards(load_clip(run, "clip", vocab, config, device), vocab), {}
     for group in groups:
         gradients = defaultdict(list)
         for k in range(repeats):
             rng = random.Random(f"noise/{group}/{k}")
             examples = [source.example(rng, "draw", source.prompt_pool(rng, "draw")) for _ in range(samples // group)]
-            batch = vocab.batch(examples, codebook.encode(np.stack([e.picture for e in examples])))
+            batch = vocab.batch(examples, codebook.encode(np.stack([e.picture for e in examples])), device)
 
             def reward(filled, tokens):
                 parts = rewards(source, "draw", examples, np.stack(decode(vocab, codebook, "draw", filled, tokens)), rng)
                 return rewards.total(parts), parts
 
-            r = rollout(model, batch, group, reward, vocab, torch.Generator().manual_seed(k), task="draw")
+            r = rollout(model, batch, group, reward, vocab, torch.Generator(device).manual_seed(k), task="draw")
             group_mean = r.rewards.mean(1, keepdim=True)
             for baseline, mean, size in (("none", 0.0, math.inf), ("batch", r.rewards.mean(), samples), ("group", group_mean, group)):
                 model.zero_grad()
@@ -1093,7 +1086,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """ValueError instead of the usage, which would push that line off the screen."""
-        word, *others = re.findall(r"[\w-]+", message.split(": ")[-1])
+        word, *others = re.findall(r"[\w-]+", message.split(": ")[-1]) or [""]
         legal = self._option_string_actions if word.startswith("--") else others if "choice" in message else ()
         near = get_close_matches(word, legal, 1)
         raise ValueError(f"{message}; {f'did you mean {near[0]}?' if near else 'see'} --help")
@@ -1101,7 +1094,7 @@ class Parser(argparse.ArgumentParser):
 
 def give_up(program, error):
     """End a command: what its user can mend is one line and exit status 2; any other error is ours and is raised again."""
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", str(error))):
         error = f"out of memory ({error}); lower --batch, --prompts, --group-size or --width"
     elif not isinstance(error, (ValueError, OSError)):
         raise error
@@ -1143,7 +1136,24 @@ def ask(folder, question, image, name="aligned", device="cpu"):
     return Evaluator(model, vocab, codebook, None, None).outputs([Example(task, picture, question, "")], 0.0)[0]
 
 
+def measured(folder, device):
+    """What eval.json of a run would hold, but for some of its "meta"; at the end of training it is measured and written."""
+    config, codebook, vocab = load_run(folder)
+    if config.get("method") == "best":
+        raise ValueError(f"{folder}: the reward chooses here; `python train.py --resume --out {folder}` measures it")
+    models = {name: load_model(folder, vocab, codebook, config, name, device) for name in ("base", "aligned")}
+    draws = (Path(folder) / "clip_report.safetensors").is_file()
+    clip = load_clip(folder, "clip_report", vocab, config, device) if draws else None
+    results = {source.name: evaluate(models, vocab, codebook, source, judge, clip, config["eval_items"], config["seed"],
+                                     config["eval_prompts"]) for source, judge in judges(config)}  # fmt: skip
+    for part in results.values():
+        del part["items"]
+    meta = {k: config[k] for k in ("preset", "method", "data", "seed")} | {"config": config}
+    return {**next(iter(results.values())), **({"sources": results} if len(results) > 1 else {}), "meta": meta}
+
+
 def main(argv=None):
+    """The command line: one of the jobs that the top of this file lists."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", metavar="DIR", help="a run directory of train.py")
     do = parser.add_mutually_exclusive_group()
@@ -1174,10 +1184,10 @@ def main(argv=None):
     device = pick_device(args.device)[0]
     if args.ablate:
         load_run(args.run)
-        print(ablate(args.ablate, args.run, "runs/ablate", args.seeds, args.jobs))
+        print(ablate(args.ablate, args.run, "runs/ablate", args.seeds, args.jobs, device=device.type))
         if args.ablate == "group":
             print("\ngradient of 128 drawings, by the mean that is taken off their rewards")
-            for (group, baseline), (noise, signal) in gradient_noise(args.run).items():
+            for (group, baseline), (noise, signal) in gradient_noise(args.run, device=device).items():
                 print(f"group size {group:2}, {baseline:6} variance {noise:.4f}, squared mean {signal:.4f}")
         return None
     if args.draw is not None:
@@ -1188,20 +1198,8 @@ def main(argv=None):
             raise ValueError("--ask needs --image FILE")
         print(ask(args.run, args.ask, args.image, args.model, device))
     else:
-        config, codebook, vocab = load_run(args.run)
-        stored = Path(args.run) / "eval.json"
-        if stored.is_file():  # measured at the end of training: the same numbers
-            result = read_result(args.run)
-        else:
-            models = {name: load_model(args.run, vocab, codebook, config, name, device) for name in ("base", "aligned")}
-            draws = (Path(args.run) / "clip_report.safetensors").is_file()
-            clip = load_clip(args.run, "clip_report", vocab, config, device) if draws else None
-            results = {source.name: evaluate(models, vocab, codebook, source, judge, clip, config["eval_items"], config["seed"],
-                                             config["eval_prompts"]) for source, judge in judges(config)}  # fmt: skip
-            for part in results.values():
-                del part["items"]
-            result = {**next(iter(results.values())), **({"sources": results} if len(results) > 1 else {})}
-            result["meta"] = {k: config[k] for k in ("preset", "method", "data", "seed")} | {"config": config}
+        load_run(args.run)  # nothing is shown of a damaged run
+        result = read_result(args.run) if (Path(args.run) / "eval.json").is_file() else measured(args.run, device)
         if args.json:
             with atomically(args.json) as new:
                 new.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")

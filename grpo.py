@@ -352,6 +352,12 @@ class Rollout:
     ref_logprobs: Tensor | None = None
 
 
+def finished(x):
+    """Wait until a tensor is there, so that the clock times what made it."""
+    if x.is_cuda:
+        torch.cuda.synchronize()
+
+
 def rollout(policy, batch, group_size, reward_fn, vocab, generator=None, temperature=1.0, task="", keep=None):
     """Sample G candidates for each of the templates of a Batch, reward them, and keep the `keep` templates (all, if None)
     whose rewards have the widest spread: a group of equal candidates teaches nothing (DAPO's dynamic sampling, arXiv:2503.14476).
@@ -359,9 +365,11 @@ def rollout(policy, batch, group_size, reward_fn, vocab, generator=None, tempera
     reward_fn(repeated batch, tokens (N, L)) -> (rewards (B, G), dict of parts (B, G)). The stats are of all that was sampled."""
     clock = [time.perf_counter()]
     tokens = sample(policy, batch, vocab, generator, temperature, group=group_size)
+    finished(tokens)
     clock.append(time.perf_counter())
     repeated = batch.repeat(group_size)
-    rewards, parts = reward_fn(repeated, tokens)
+    with torch.autocast(tokens.device.type, enabled=False):  # in float32, as its validity is measured
+        rewards, parts = reward_fn(repeated, tokens)
     clock.append(time.perf_counter())
     filled = repeated.pack(tokens)
     start, _, length = first_choices(filled)
@@ -395,6 +403,7 @@ def score(hidden, head, chosen, lo, hi, temperature):
 def look_back(policy, reference, r, hidden, temperature):
     """Fill in what the policy that sampled, and the frozen base, said to each chosen token. The policy has not moved since:
     the states (N, T, C) of its first update are those it sampled from, and no further pass is needed for them."""
+    finished(hidden)
     start, m = time.perf_counter(), r.mask
     ref_hidden = completion_states(reference, r.batch, r.tail, r.patch)
     scored = [score(h[m], model.head, r.tail[m], r.lo[m], r.hi[m], temperature) for h, model in ((hidden, policy), (ref_hidden, reference))]

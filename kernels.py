@@ -35,6 +35,7 @@ import os
 import shutil
 import statistics
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass, replace
 
@@ -73,9 +74,10 @@ def compiled(function):
 
 
 def can_compile(device: torch.device) -> bool:
-    """On CUDA, when Triton and the C compiler that Triton calls are there."""
+    """On CUDA, when Triton and what it calls are there: a C compiler and Python's headers."""
     has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None and has_compiler
+    has_headers = os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None and has_compiler and has_headers
 
 
 @dataclass

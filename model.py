@@ -50,6 +50,8 @@ def pick_device(name="auto"):
     device = name if name != "auto" else next(d for d, ok in there.items() if ok)
     reason = "as asked" if name != "auto" else "the fastest device found"
     dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if device == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew, for long, for every new shape; ours are many
     return torch.device(device), dtype, f"{device} ({reason}), {str(dtype)[6:]} matrix products"
 
 
@@ -61,7 +63,7 @@ def matmul(a, b):
     """a @ b for two matrices; bf16 factors give a float32 product, which is also summed in float32. All logits are made
     with it, in sampling, scoring and loss: what is sampled is what is scored."""
     with torch.autocast(a.device.type, enabled=False):
-        if a.dtype == torch.bfloat16 and a.is_cuda:
+        if a.dtype == torch.bfloat16 and a.is_cuda and not torch.is_grad_enabled():  # out_dtype has no derivative
             return torch.mm(a, b, out_dtype=torch.float32)
         return at_least_float32(a) @ at_least_float32(b)
 
@@ -406,7 +408,7 @@ def sample(model, batch, vocab, generator=None, temperature=1.0, guidance=0.0, g
         t.add_(1)
         choose()
 
-    once_more = recorded(step, device)
+    once_more = recorded(step, device) if length > 8 else step  # recording costs as much as a few steps
     last_span = device.type == "cpu" and bool((tail <= PAD).all())  # nothing but choices, then padding; elsewhere asking costs more
     for i in range(length):
         if temperature:
@@ -422,6 +424,20 @@ def sample(model, batch, vocab, generator=None, temperature=1.0, guidance=0.0, g
 def completion_mask(batch, tokens):
     """(N, L) bool: the positions that the policy chose in filled templates (after a text's <eos> nothing was chosen)."""
     return (batch.tokens < 0) & (tokens != PAD)
+
+
+def decode(vocab, codebook, task, batch, tokens):
+    """Filled templates of one task -> what was chosen in each, a list: pictures (S, S, 3) uint8; for a story its three, (3, S, S, 3);
+    texts; for a plan (text, picture)."""
+    chosen, pictures = completion_mask(batch, tokens), []
+    drawn = chosen & (batch.patch >= 0)
+    if drawn.any():
+        pictures = codebook.decode(tokens[drawn].view(-1, vocab.n_patches) - vocab.n_text).cpu().numpy()
+        pictures = list(pictures.reshape(len(tokens), -1, *pictures.shape[1:]) if task == "story" else pictures)
+    if task in ("draw", "story"):
+        return pictures
+    texts = [vocab.decode(row[keep].tolist()) for row, keep in zip(tokens.cpu(), (chosen & ~drawn).cpu())]
+    return list(zip(texts, pictures)) if task == "plan" else texts
 
 
 # ---------------------------------------------------------------- try it

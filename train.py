@@ -27,6 +27,8 @@
 All randomness of step k of a stage comes from random.Random(f"{seed}/{stage}/{k}"), so a resumed run needs weights,
 optimizer state and k, and then equals an uninterrupted one.
 
+`evaluation` is eval.py: here it loads runs, asks models, and judges what they draw.
+
     $ python train.py                      # two-core CPU: the `cpu` preset
     $ python train.py --device cuda        # one GPU: the `gpu` preset; several: torchrun --nproc_per_node=N train.py
     $ python train.py --preset smoke       # everything once, tiny; under a minute
@@ -141,18 +143,18 @@ class Config:
     clip_lr: float = 3e-3  # peak learning rate
     reward: str = "rule"  # what pictures and captions are rewarded by: rule (the CLIP score), learned (the preference model), mix
     preference_steps: int = 500  # for the preference model
-    pair_limit: int = 0  # preference pairs to learn from in all, again and again; 0 means new ones at every step
+    pair_limit: int = 0  # preference pairs to learn from in all, in whole steps, again and again; 0 means new ones at every step
     pairs: int = 32  # preference pairs a step, half of them made, half sampled from the base and ranked by the CLIP score
     # GRPO
     grpo_steps: int = 60  # steps: each samples, rewards, scores and learns
-    prompts: int = 16  # prompts a step, to draw, to caption and to ask; a quarter of it to reason
+    prompts: int = 16  # prompts to draw a step; of the other tasks as many times that as GRPO_PROMPTS says
     group_size: int = 8  # candidates a prompt
     epochs: int = 1  # optimisation passes over a rollout: with more than one the clipping acts
     grpo_lr: float = 2e-3  # peak learning rate
     kl_coef: float = 0.02  # weight of the KL penalty to the frozen base
     clip_low: float = 0.2  # the ratio is clipped below 1 - this
     clip_high: float = 0.2  # ... and above 1 + this
-    scale: str = "batch"  # what advantages are divided by: group or batch std, or none
+    scale: str = "batch"  # what advantages of --advantage mean are divided by: group or batch std, or none
     advantage: str = "mean"  # mean (reward - group mean), pairwise (win rate) or parts (normalise each reward, then sum)
     reduction: str = "token"  # how token losses are averaged: token, sequence or constant
     level: str = "token"  # one ratio a token, or one a sequence
@@ -170,12 +172,13 @@ PRESETS = {
     "smoke": dict(width=32, layers=2, pretrain_steps=60, batch=32, clip_steps=25, clip_batch=32, clip_width=32,
                   grpo_steps=4, prompts=4, group_size=4, epochs=2, eval_items=64, eval_prompts=8, extra_steps=10),
     "gpu": dict(patch=4, jitter=1, width=384, layers=8, heads=6, pretrain_steps=2500, batch=512, lr=2e-3, clip_steps=800, clip_batch=512,
-                clip_width=128, grpo_steps=60, prompts=64, eval_items=2048),
+                clip_width=128, prompts=64, eval_items=2048),
 }  # fmt: skip
 LAST = {"lvrpo": "grpo", "unified": "unified", "clip": "contrast", "beit": "masked", "labels": "labels", "reject": "reject",
         "dpo": "dpo", "best": "best"}  # method: the stage that tells it from the others  # fmt: skip
-MORE = ("unified", "clip", "beit", "labels")  # those that go on with next-token training
-MORE_STAGES = tuple(LAST[method] for method in MORE)
+MORE = {"unified": {}, "contrast": {"objective": contrastive_loss}, "masked": {"objective": masked_code_loss, "words": False},
+        "labels": {"labelled": True}}  # stages that go on with next-token training, and how  # fmt: skip
+SAMPLING = {"grpo": None, "reject": rejection_loss, "dpo": dpo_loss}  # stages that learn from samples; None is GRPO's own loss
 STAGES = {method: ("codebook", "pretrain", "clip", "preference", last, "eval") for method, last in LAST.items()}
 CHOICES = {
     "preset": ("auto", *PRESETS),
@@ -211,7 +214,7 @@ GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5, "hops": 0.
 
 
 def clean_labels(rows, labelled=False):
-    """How many rows of Trainer.pairs bring an answer that is sure to be right and exact; the web's are not."""
+    """How many rows of Trainer.pretraining_rows bring an answer that is sure to be right and exact; the web's are not."""
     return sum(e.task in (*QUESTIONS, "plan") and (labelled or e.task not in HURRIED or s.name != "synthetic") for s, e, _ in rows)
 
 
@@ -258,25 +261,21 @@ def make_config(**given):
     c.out = c.out or f"runs/{c.method}-{c.preset}-{c.seed}"
     positive = ("codes", "width", "layers", "heads", "pretrain_steps", "batch", "lr", "clip_steps", "clip_batch", "clip_edits",
                 "clip_width", "clip_lr", "grpo_steps", "prompts", "epochs", "grpo_lr", "temperature", "max_kl", "eval_items",
-                "eval_prompts")  # fmt: skip
+                "eval_prompts", "preference_steps", "clip_high")  # fmt: skip
     stages = STAGES[c.method]
-    checks = [(0 < getattr(c, n) < math.inf, n, "more than 0") for n in positive] + [
+    checks = [(0 < getattr(c, n) < math.inf, n, "more than 0") for n in positive]
+    natural = ("kl_coef", "ptx_coef", "extra_steps", "pair_limit", "fitting_steps")
+    checks += [(0 <= getattr(c, n) < math.inf, n, "0 or more") for n in natural]
+    checks += [
         (c.patch in (4, 8, 16), "patch", "4, 8 or 16"),
         (c.jitter in (0, 1), "jitter", "0 or 1"),
         (c.group_size > 1, "group_size", "at least 2"),
-        (0 <= c.kl_coef < math.inf, "kl_coef", "0 or more"),
-        (0 <= c.ptx_coef < math.inf, "ptx_coef", "0 or more"),
         (0 < c.clip_low < 1, "clip_low", "between 0 and 1"),
-        (0 < c.clip_high < math.inf, "clip_high", "more than 0"),
         (c.width % (2 * c.heads) == 0, "width", f"a multiple of 2 x heads = {2 * c.heads}"),
         (c.clip_width % 8 == 0, "clip_width", "a multiple of 8"),
         (0 <= c.seed < 2**63, "seed", "0 or more, below 2**63"),
         (0 <= c.threads <= 1024, "threads", "0 to 1024"),
-        (c.extra_steps >= 0, "extra_steps", "0 or more"),
         (c.pairs >= 2, "pairs", "2 or more"),
-        (c.preference_steps > 0, "preference_steps", "more than 0"),
-        (c.pair_limit >= 0, "pair_limit", "0 or more"),
-        (0 <= c.fitting_steps < math.inf, "fitting_steps", "0 or more"),
         (set(c.data.split(",")) <= set(SOURCES) and len(set(c.data.split(","))) == c.data.count(",") + 1, "data",
          f"names from {', '.join(SOURCES)}, comma-separated, each once"),
         (set(c.tasks.split(",")) <= set(TASK_MIX), "tasks", f"all, or names from {', '.join(TASK_MIX)}, comma-separated"),
@@ -349,10 +348,11 @@ def join(config):
         counts = [max(round(config.prompts * share), 1) for share in shares]
         if task in config.tasks.split(",") and any(n % WORLD for n in counts):
             raise ValueError(f"--prompts {config.prompts}: {WORLD} processes cannot share {counts[0]} prompts of {task}, {counts[1]} kept")
-    torch.distributed.init_process_group()
-    atexit.register(torch.distributed.destroy_process_group)
-    if torch.cuda.is_available():
+    gpus = torch.cuda.is_available()
+    if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")  # numbers for the log stay on the CPU
+    atexit.register(torch.distributed.destroy_process_group)
     if RANK:
         copy = tempfile.mkdtemp()
         atexit.register(shutil.rmtree, copy)
@@ -367,7 +367,7 @@ def own_share(items):
     return items[RANK * len(items) // WORLD : (RANK + 1) * len(items) // WORLD]
 
 
-def average(x):
+def over_processes(x):
     """The mean of a tensor over the processes: the tensor itself where there is one."""
     if WORLD > 1:
         torch.distributed.all_reduce(x := x.detach().clone())
@@ -503,16 +503,20 @@ class Trainer:
         write_json(self.folder / "config.json", dataclasses.asdict(self.config) | {"environment": here})
 
     def rng(self, *place):
+        """The random numbers of a place, such as a stage and its step: the same whatever ran before."""
         return random.Random("/".join(map(str, (self.config.seed, *place))))
 
     def generator(self, rng):
+        """A generator on the device, seeded from rng, another in every process."""
         return torch.Generator(self.device).manual_seed(rng.getrandbits(60) + RANK)
 
     @functools.cached_property
     def judges(self):
+        """(source, judge) for every data set."""
         return evaluation.judges(vars(self.config), self.sources)
 
     def autocast(self):
+        """bfloat16 matrix products on a GPU that has them, else nothing."""
         return contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
     def optimise(self, stage, model, steps, lr, losses, after=None):
@@ -538,7 +542,7 @@ class Trainer:
                 for parts, row in losses(step):
                     norms = self.backward(model, parts)
                     total = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-                    loss = float(average(sum(x.detach() for x in parts.values())))
+                    loss = float(over_processes(sum(x.detach() for x in parts.values())))
                     if np.isfinite(total + loss):
                         for optimizer in optimizers:
                             optimizer.step()
@@ -551,7 +555,7 @@ class Trainer:
                     row |= {"loss": loss, "grad_norm": total, "lr": lr * schedule(step, steps), "skipped": skipped, **norms}
             row = {k: float(v) for k, v in row.items()}
             if WORLD > 1:
-                row = dict(zip(row, average(torch.tensor(list(row.values()))).tolist()))
+                row = dict(zip(row, over_processes(torch.tensor(list(row.values()))).tolist()))
             seconds = {k: row.pop(k) for k in [k for k in row if k.startswith("seconds")]}
             row |= after(step, model) if after and not RANK else {}
             log.add("metrics", {"stage": stage, "step": step, **row})
@@ -588,7 +592,7 @@ class Trainer:
         weights, total, norms = list(model.parameters()), 0.0, {}
         for name, loss in parts.items():
             some = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-            part = average(torch.cat([g.flatten() for g in some]))
+            part = over_processes(torch.cat([g.flatten() for g in some]))
             total, norms[f"grad_{name}"] = total + part, float(part.norm())
         for p, g in zip(weights, total.split([p.numel() for p in weights])):
             p.grad = g.view_as(p)
@@ -623,6 +627,7 @@ class Trainer:
         save_atomically({"entries": codebook.entries}, self.folder / "codebook.safetensors")
 
     def load_tokens(self):
+        """Codebook, words, and the weight of every task in the next-token loss, from the run directory."""
         _, self.codebook, self.vocab = evaluation.load_run(self.folder)
         self.token_weight = torch.ones(self.vocab.size, device=self.device)
         for task, weight in TOKEN_WEIGHT.items():
@@ -637,7 +642,7 @@ class Trainer:
             evaluation.load_weights(model, self.folder / f"{name}.safetensors")
         return model
 
-    def pairs(self, rng, n, believed=None, labelled=False):
+    def pretraining_rows(self, rng, n, believed=None, labelled=False):
         """n pre-training examples, as (source, example, is what it is given blanked out?), less those that `believed`(sources,
         examples, rng) -> (N,) bool turns down. labelled: questions and answers as in the GRPO stage, clean, about three objects too;
         those of several hops to be answered at once always are."""
@@ -655,17 +660,21 @@ class Trainer:
             rows = [*kept, *(row for row in rows if row[2])] or rows
         return rows
 
+    def codes(self, examples):
+        """The codes of all their pictures, worked out on the device: a thousand distances for every patch."""
+        return self.codebook.encode(torch.as_tensor(pictures_of(examples), device=self.device))
+
     def batches(self, rows):
-        """The rows of `pairs` as Batches, the LONG tasks each apart: padding is work for nothing."""
+        """The rows of `pretraining_rows` as Batches, the LONG tasks each apart: padding is work for nothing."""
         for task in (None, *LONG):
             part = [(e, alone) for _, e, alone in rows if (e.task if e.task in LONG else None) == task]
             if part:
                 examples, alone = zip(*part)
-                batch = self.vocab.batch(examples, self.codebook.encode(pictures_of(examples))).trim()
-                yield batch.blank(torch.tensor(alone)).to(self.device)
+                batch = self.vocab.batch(examples, self.codes(examples), self.device).trim()
+                yield batch.blank(torch.tensor(alone, device=self.device))
 
     def next_token_loss(self, model, rows):
-        """Weighted mean negative log-likelihood of all chosen tokens of `pairs`, and how many they are."""
+        """Weighted mean negative log-likelihood of all chosen tokens of `pretraining_rows`, and how many they are."""
         total, weights, count = 0.0, 0.0, 0
         for batch in self.batches(own_share(rows)):
             mask = batch.mask[:, 1:]
@@ -675,7 +684,7 @@ class Trainer:
             pick = lambda x: x[:, 1:][mask][None]  # noqa: E731
             logprobs = selected_logprobs(hidden[mask][None], model.head, pick(batch.target), lo=pick(batch.lo), hi=pick(batch.hi))
             total, weights, count = total - weight @ logprobs[0], weights + weight.sum(), count + len(weight)
-        return total / average(weights), count * WORLD  # (T2)
+        return total / over_processes(weights), count * WORLD  # (T2)
 
     def next_token_losses(self, stage, model, labelled=False, objective=None, words=True):
         """The losses of a next-token stage for `optimise`: (T2), and a baseline's objective on the same rows beside it: on
@@ -684,21 +693,22 @@ class Trainer:
         def losses(step):
             """Of one batch."""
             rng = self.rng(stage, step)
-            rows = self.pairs(rng, self.config.batch, labelled=labelled)
+            rows = self.pretraining_rows(rng, self.config.batch, labelled=labelled)
             loss, tokens = self.next_token_loss(model, rows)
             parts, row = {"nll": loss}, {"tokens": tokens, "labels": clean_labels(rows, labelled)}
             shown = [(e, alone) for _, e, alone in rows if e.task != "text" and not (alone and e.task == "caption")]
             some = [e for e, alone in shown if not words or (e.task in ("draw", "caption") and not alone)]
             if objective and some:
-                codes = self.codebook.encode(pictures_of(some)).to(self.device)
                 with self.autocast():
-                    parts[stage] = OBJECTIVE_WEIGHT * objective(model, self.vocab, codes, [e.prompt or e.answer for e in some], rng)
+                    texts = [e.prompt or e.answer for e in some]
+                    parts[stage] = OBJECTIVE_WEIGHT * objective(model, self.vocab, self.codes(some), texts, rng)
                 row[f"loss_{stage}"] = float(parts[stage].detach())
             yield parts, row
 
         return losses
 
     def pretrain_stage(self):
+        """The base policy, on noisy pairs."""
         model, c = self.policy(), self.config
         self.optimise("pretrain", model, c.pretrain_steps, c.lr, self.next_token_losses("pretrain", model))
         save_atomically(model.state_dict(), self.folder / "base.safetensors")
@@ -727,25 +737,7 @@ class Trainer:
                     for optimizer in optimizers:
                         optimizer.step()
                 times.append(time.perf_counter() - start)
-        return float(average(torch.tensor(np.median(seconds[1]) / np.median(seconds[0])))) if how else 1.0
-
-    def unified_stage(self):
-        self.go_on("unified")
-
-    def contrast_stage(self):
-        self.go_on("contrast", objective=contrastive_loss)
-
-    def masked_stage(self):
-        self.go_on("masked", objective=masked_code_loss, words=False)
-
-    def labels_stage(self):
-        self.go_on("labels", labelled=True)
-
-    def reject_stage(self):
-        self.grpo_stage("reject", rejection_loss)
-
-    def dpo_stage(self):
-        self.grpo_stage("dpo", dpo_loss)
+        return float(over_processes(torch.tensor(np.median(seconds[1]) / np.median(seconds[0])))) if how else 1.0
 
     def best_stage(self):
         """Best-of-N learns nothing: the reward chooses among N candidates when the model is asked."""
@@ -865,8 +857,9 @@ class Trainer:
         return found
 
     def grpo_stage(self, stage="grpo", control=None):
-        """Every step: prompts of each task, G candidates for each, rewards, advantages, one loss over all tasks (T1).
-        control: another loss (logprobs, ref_logprobs, rewards, mask) -> loss of the same rollouts."""
+        """Every step: prompts of each task, G candidates for each, rewards, advantages, one loss over all tasks (T1). The way of a
+        prompt: `optimise` asks `losses`; `sampled` -> grpo.rollout (model.sample, then `reward`) -> `advantages`; grpo.rollout_loss
+        -> kernels.fused_linear_grpo_loss. control: another loss (logprobs, ref_logprobs, rewards, mask) -> loss of the same rollouts."""
         c = self.config
         policy, reference = self.policy("base"), self.policy("base").requires_grad_(False)
         rewards = self.rewards()
@@ -874,7 +867,7 @@ class Trainer:
                          temperature=c.temperature)  # fmt: skip
 
         def controlled(hidden, head, tokens, old, ref, advantages, mask, *, lo, hi, rewards, **_):
-            logprobs = selected_logprobs(hidden, head, tokens.clamp(min=0), c.temperature, lo, hi)
+            logprobs = selected_logprobs(hidden, head, tokens, c.temperature, lo, hi)
             return control(torch.where(mask, logprobs, 0.0), ref, rewards, mask), {}
 
         def sampled(step, task):
@@ -883,7 +876,8 @@ class Trainer:
             source = rng.choice([s for s in self.sources if task in s.tasks])
             asked, kept = (max(round(c.prompts * share), 1) for share in GRPO_PROMPTS[task])
             examples = own_share([source.example(rng, task, source.prompt_pool(rng, task)) for _ in range(asked)])
-            batch = self.vocab.batch(examples, self.codebook.encode(pictures_of(examples)), self.device)
+            batch = self.vocab.batch(examples, self.codes(examples), self.device)  # of what is to be drawn
+            # only .target holds the picture, which nothing here reads
 
             def reward(filled, tokens):
                 outputs = evaluation.decode(self.vocab, self.codebook, task, filled, tokens)
@@ -903,16 +897,17 @@ class Trainer:
             for epoch in range(c.epochs):
                 parts = {}
                 for r, advantages in rollouts:
-                    how = (controlled, None) if control else (fused_linear_grpo_loss, advantages)
+                    loss_fn, given = (controlled, None) if control else (fused_linear_grpo_loss, advantages)  # None: it gets the rewards
                     with self.autocast():
-                        loss, metrics = rollout_loss(policy, reference, r, how[0], advantages=how[1], **objective)
+                        loss, metrics = rollout_loss(policy, reference, r, loss_fn, advantages=given, **objective,
+                                                     max_tokens=int((r.batch.tokens < 0).sum(1).max()))  # what the template has room for
                     n = r.mask.sum().float()  # a mean over tokens weighs a process by those it has
-                    parts[r.task] = GRPO_TASKS[r.task] * (n / average(n) if c.reduction == "token" else 1) * loss
-                    row |= {f"{k if k != 'kl' else 'k3'}_{r.task}": float(v) for k, v in metrics.items()}
+                    parts[r.task] = GRPO_TASKS[r.task] * (n / over_processes(n) if c.reduction == "token" else 1) * loss
+                    row |= {f"{k if k != 'kl' else 'k3'}_{r.task}": float(v) for k, v in metrics.items()}  # kl_TASK is exact, of look_back
                     for k, v in r.stats.items() if epoch == 0 else ():
                         row[k] = row.get(k, 0) + v  # tokens and seconds add up over the tasks
                 if c.ptx_coef:
-                    rows = self.pairs(rng, c.batch, rewards.believes if c.ptx_filter else None)
+                    rows = self.pretraining_rows(rng, c.batch, rewards.believes if c.ptx_filter else None)
                     nll, tokens = self.next_token_loss(policy, rows)
                     parts["ptx"], row["nll"] = c.ptx_coef * nll, float(nll.detach())  # (T1)
                     row["ptx_tokens"] = row.get("ptx_tokens", 0) + tokens
@@ -940,8 +935,8 @@ class Trainer:
     # ------------------------------------------------------------ looking at it
 
     def watcher(self, every=20, prompts=32, group=4):
-        """Every so often: the judge's score and diversity on validation prompts (shown, never used), and sample pictures; or, where
-        nothing is drawn, the share of right answers on validation questions."""
+        """After the first step, and every so often: the judge's score and diversity on validation prompts (shown, never used), and
+        sample pictures; or, where nothing is drawn, the share of right answers on validation questions."""
         source, judge = next((pair for pair in self.judges if pair[1].pools), self.judges[0])
         pools = [judge.pools[p] for p in ("compose", "compose_heldout") if p in judge.pools]
 
@@ -955,17 +950,17 @@ class Trainer:
             for name, pool in zip(("val", "val_heldout"), pools):
                 front = asked.front(pool, (1.0,), prompts, group)[0]
                 row |= {f"{name}_{k}": v for k, v in front.items() if v is not None and k in ("compose", "diversity")}
-            self.draw_samples(model, f"grpo_{step + 1 if step else 0:04d}")
+            self.draw_samples(model, f"grpo_{step + 1:04d}")
             return row
 
         return watch
 
-    def draw_samples(self, model, name, per_prompt=6):
-        """samples/NAME.png: the same prompts from the same noise, whatever the model."""
+    def draw_samples(self, model, name, per_prompt=6, rewards=None):
+        """samples/NAME.png: the same prompts from the same noise, whatever the model; with rewards, the best of several each."""
         (self.folder / "samples").mkdir(exist_ok=True)
         rows = []
         for source, judge in (pair for pair in self.judges if pair[1].pools):
-            asked = evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", 1)
+            asked = evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", 1, rewards=rewards)
             examples = [e for pools in judge.pools.values() for e in asked.examples("draw", 3 if len(judge.pools) > 1 else 8, pools)]
             repeated = [e for e in examples for _ in range(per_prompt)]
             pictures = asked.outputs(examples, group=per_prompt)
@@ -1001,15 +996,16 @@ class Trainer:
         models = {name: self.policy(name).eval() for name in ("base", "aligned")}
         clip = evaluation.load_clip(self.folder, "clip_report", self.vocab, vars(c), self.device) if self.captioned else None
         results, items, known = {}, {}, self.base_results()
+        chosen_by = {"base": None, "aligned": self.rewards() if c.method == "best" else None}
         for source, judge in self.judges:
             result = evaluation.evaluate(
                 models, self.vocab, self.codebook, source, judge, clip, c.eval_items, c.seed, c.eval_prompts,
-                rewards=self.rewards() if c.method == "best" else None, known=known.get(source.name))  # fmt: skip
+                rewards=chosen_by["aligned"], known=known.get(source.name))  # fmt: skip
             results[source.name], items[source.name] = result, result.pop("items")
             print(f"\n{source.name}\n{evaluation.table(result)}")
         warnings = [check["says"] for check in evaluation.health(self.folder) if check["mark"] != "green"]
         print("\n".join(f"health: {warning}" for warning in warnings))
-        before, after = (self.draw_samples(model, name) for name, model in models.items())
+        before, after = (self.draw_samples(model, name, rewards=chosen_by[name]) for name, model in models.items())
         both = [(prompt, np.concatenate((a[:4], b[:4])), [*x[:4], *y[:4]]) for (prompt, a, x), (_, b, y) in zip(before, after)]
         if both:
             contact_sheet(both, ("before", "after")).save(self.folder / "samples" / "before_after.png")
@@ -1021,7 +1017,7 @@ class Trainer:
         first = next(iter(results.values()))
         seconds = stage_seconds(self.folder) | {"eval": round(time.perf_counter() - start, 1)}
         used = (ledger(Path(c.base)) if c.base else {}) | ledger(self.folder)
-        rewarding = () if c.method in MORE else ("clip",) if c.reward == "rule" else ("clip", "preference")
+        rewarding = () if LAST[c.method] in MORE else ("clip",) if c.reward == "rule" else ("clip", "preference")
         used = {stage: used[stage] for stage in ("pretrain", *rewarding, "clip_report", LAST[c.method]) if stage in used}
         meta = describe(c) | {"seconds": seconds, "ledger": used, "device": self.reason, "health": warnings, **self.memory()}
         out = first | {"sources": results, "meta": meta} if len(results) > 1 else first | {"meta": meta}
@@ -1047,7 +1043,7 @@ class Trainer:
         done = {"codebook": ("tokenizer.json", "words.json", "codebook.safetensors"), "pretrain": ("base.safetensors",),
                 "clip": (*clips, "reward_validity.json"),
                 "preference": ("preference.safetensors", "preference_validity.json"), "eval": ("eval.json", "report.html")}  # fmt: skip
-        every = [s for s in STAGES[c.method] if s != "preference" or (c.reward != "rule" and c.method not in MORE and self.captioned)]
+        every = [s for s in STAGES[c.method] if s != "preference" or (c.reward != "rule" and LAST[c.method] not in MORE and self.captioned)]
         wanted = every if c.stage == "all" else [s for s in STAGES[c.method] if s in c.stage.split(",")]
         wanted = [s for s in wanted if s != "eval" or not RANK]
         for stage in wanted:
@@ -1058,7 +1054,12 @@ class Trainer:
                 if stage != "codebook":
                     self.load_tokens()
                 start = time.perf_counter()
-                getattr(self, f"{stage}_stage")()
+                if stage in MORE:
+                    self.go_on(stage, **MORE[stage])
+                elif stage in SAMPLING:
+                    self.grpo_stage(stage, SAMPLING[stage])
+                else:
+                    getattr(self, f"{stage}_stage")()
                 print(f"{stage}: {time.perf_counter() - start:.0f} s", flush=True)
             for state in self.folder.glob(f"*state_{stage}*"):  # clip has two, and a killed run may leave half a one
                 state.unlink()
@@ -1088,28 +1089,24 @@ def contact_sheet(rows, titles=(), zoom=2, words=330):
 
 def curves(folder):
     """curves.png from metrics.csv: one panel a question that a reader should ask of the run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = evaluation.read_log(folder / "metrics.csv")
     if not rows:
         return  # nothing was learned here
-    sampling = ("grpo", "reject", "dpo")
     panels = {  # title: (stages, columns by prefix)
-        "next-token loss": (("pretrain", *MORE_STAGES), ("loss",)),
+        "next-token loss": (("pretrain", *MORE), ("loss",)),
         "rewards: own caption first, pairs in order": (("clip", "clip_report", "preference"), ("r1", "accuracy")),
-        "reward (mean of a step)": (sampling, ("reward_",)),
-        "judge and diversity, validation prompts": (sampling, ("val_",)),
-        "groups without any spread": (sampling, ("zero_spread_",)),
-        "exact KL to the base, nats a token": (sampling, ("kl_",)),
-        "entropy, nats a token": (sampling, ("entropy_",)),
-        "gradient norm by task": (sampling, ("grad_",)),
-        "ratios outside the clip range": (sampling, ("clip_low_", "clip_high_")),
+        "reward (mean of a step)": (SAMPLING, ("reward_",)),
+        "judge and diversity, validation prompts": (SAMPLING, ("val_",)),
+        "groups without any spread": (SAMPLING, ("zero_spread_",)),
+        "exact KL to the base, nats a token": (SAMPLING, ("kl_",)),
+        "entropy, nats a token": (SAMPLING, ("entropy_",)),
+        "gradient norm by task": (SAMPLING, ("grad_",)),
+        "ratios outside the clip range": (SAMPLING, ("clip_low_", "clip_high_")),
     }
-    figure, axes = plt.subplots(3, 3, figsize=(15, 10), layout="constrained")
-    for ax, (title, (stages, prefixes)) in zip(axes.flat, panels.items()):
+    figure = Figure(figsize=(15, 10), layout="constrained")
+    for ax, (title, (stages, prefixes)) in zip(figure.subplots(3, 3).flat, panels.items()):
         stages = [stage for stage in stages if any(r["stage"] == stage for r in rows)]
         for stage in stages:
             there = [r for r in rows if r["stage"] == stage]
@@ -1127,26 +1124,23 @@ def curves(folder):
         else:
             ax.text(0.5, 0.5, "not part of this run", ha="center", transform=ax.transAxes, color="grey")
     figure.savefig(folder / "curves.png", dpi=80)
-    plt.close(figure)
 
 
 def write_json(path, value):
+    """Write a value as JSON; ValueError where that fails."""
     with atomically(path) as new:
         new.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def stage_seconds(folder):
-    """Seconds that each stage spent in its steps, from timing.csv."""
-    seconds = {}
-    for r in evaluation.read_log(folder / "timing.csv"):
-        seconds[r["stage"]] = seconds.get(r["stage"], 0.0) + float(r["seconds"])
-    return {k: round(v, 1) for k, v in seconds.items()}
+    """Seconds that each stage spent in its steps."""
+    return {stage: round(used["seconds"], 1) for stage, used in ledger(folder).items()}
 
 
 def ledger(folder):
-    """{stage: what it used}: steps, seconds, tokens learned from, clean labels, preference pairs, and operations: the
-    matrix products of one counted step times the steps, two operations a multiplication, without attention (which has no counter
-    on a CPU)."""
+    """{stage: what it used}: steps, seconds, tokens sampled or trained on, clean labels, preference pairs, and operations: the matrix
+    products of one counted step times the steps, two operations a multiplication, without attention (which has no counter on a CPU);
+    0 on a GPU, where none is counted."""
     used = {}
     for name in ("metrics", "timing"):
         for r in evaluation.read_log(folder / f"{name}.csv"):
@@ -1192,11 +1186,10 @@ def take_over(config, folder):
             read_tensors(path)
     except ValueError as error:
         raise ValueError(f"--base {base}: {error}; train it again, with another --out") from error
-    shape = ("data", "tasks", "patch", "codes", "jitter", "width", "layers", "heads", "clip_width")
-    different = [f"{n} {theirs.get(n)} (here {getattr(config, n)})" for n in shape if theirs.get(n) != getattr(config, n)]
+    different = [f"{n} {theirs.get(n)} (here {getattr(config, n)})" for n in evaluation.INHERITED if theirs.get(n) != getattr(config, n)]
     if different:
         raise ValueError(f"--base {base} has another configuration: {', '.join(different)}")
-    if config.method in MORE and not (config.extra_steps or config.fitting_steps):
+    if LAST[config.method] in MORE and not (config.extra_steps or config.fitting_steps):
         spent = stage_seconds(base)
         if not {"pretrain", "grpo"} <= set(spent):
             raise ValueError(f"--base {base}: its timing.csv does not tell what pretrain and grpo took; give --extra-steps")
@@ -1222,7 +1215,7 @@ def main(config):
         raise ValueError(f"{folder} holds no run to resume; leave --resume out, or name another --out")
     if not (config.resume or config.base or config.stage == "all" or "codebook" in config.stage.split(",")):
         raise ValueError(f"--stage {config.stage}: a new run begins with codebook; add --base RUN, or --resume to go on with a run")
-    if config.method in MORE and not (config.base or config.extra_steps or config.fitting_steps):
+    if LAST[config.method] in MORE and not (config.base or config.extra_steps or config.fitting_steps):
         raise ValueError(f"--method {config.method} needs --base RUN (it gets the seconds that lvrpo took there) or --extra-steps")
     trainer = None
 

@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, a small world, and one finished run of the smoke preset."""
 
 import gzip
+import itertools
 import json
 import os
 import random
@@ -98,6 +99,14 @@ def write_nlvr(root, rows, split="dev", file="dev.json", pictures=(((255, 0, 0, 
         path.parent.mkdir(parents=True, exist_ok=True)
         strip(colors).save(path)
     (root / split / file).write_text("\n".join(map(json.dumps, rows)))  # officially no newline at the end
+
+
+def every_sentence(rows, slots):
+    """All that `data.statement` can make of them: {text: holds}."""
+    made = (data.counting_sentence(row, q, dict(zip(found, values)))
+            for row in rows for found in [data.slots_of(row, slots)] for q in data.QUANTIFIERS
+            for values in itertools.product(*(words.items() for words in found.values())))  # fmt: skip
+    return {text: holds for text, _, holds in made}
 
 
 @pytest.fixture

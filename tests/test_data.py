@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import WORLD
+from conftest import WORLD, every_sentence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -813,7 +813,7 @@ def test_boxes_hold_towers_or_items_that_do_not_overlap():
 def test_sentences_about_towers_mean_what_they_say(sentence, true):
     block = lambda color, k: data.Item("square", color, 20, 40, 80 - 21 * k)  # noqa: E731
     boxes = [[block("blue", 0), block("black", 1)], [block("yellow", 0)], [block("black", 0), block("blue", 1), block("yellow", 2)]]
-    holds = data.every_sentence(data.NLVR_ROWS, data.NLVR_SLOTS).get(sentence)
+    holds = every_sentence(data.NLVR_ROWS, data.NLVR_SLOTS).get(sentence)
     assert (holds and holds(boxes)) == true
 
 

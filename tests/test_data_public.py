@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import strip, write_nlvr, write_shapes
+from conftest import every_sentence, strip, write_nlvr, write_shapes
 from PIL import Image
 
 import data
@@ -592,7 +592,7 @@ def test_made_grids_look_like_real_ones():
 
 def test_what_a_made_sentence_means_is_what_people_say_of_real_boxes():
     """On dev, whose boxes are also given as lists of items: of the sentences that can be made, 19 labels in 20 agree."""
-    sentences, right = data.every_sentence(data.NLVR_ROWS, data.NLVR_SLOTS), []
+    sentences, right = every_sentence(data.NLVR_ROWS, data.NLVR_SLOTS), []
     for line in (real("nlvr") / "dev" / "dev.json").read_text().strip().split("\n"):
         row = json.loads(line)
         if holds := sentences.get(" ".join(row["sentence"].lower().rstrip(". ").split())):

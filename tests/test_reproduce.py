@@ -91,5 +91,5 @@ def test_the_whole_reproduction_runs_tiny(tmp_path):
         done = subprocess.run(command + flags, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "claims.json").read_text())
-    assert len(found["methods"]) == 9 and len(found["claims"]) == 4 * 8 and "train.py" not in done.stdout
+    assert len(found["methods"]) == 9 and len(found["claims"]) == 6 * 8 and "train.py" not in done.stdout
     assert all(used["seconds"] > 0 for m, used in found["ledger"].items() if m != "best")

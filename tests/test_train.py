@@ -169,7 +169,7 @@ def test_the_run_leaves_the_files_of_the_design(smoke):
         "clip_report.safetensors", "aligned.safetensors", "reward_validity.json", "metrics.csv", "timing.csv", "curves.png",
         "reward_validity_aligned.json", "eval.json", "items.json", "report.html", "samples.gif", "samples/base.png", "samples/aligned.png",
         "samples/before_after.png",
-        "samples/grpo_0000.png", "samples/grpo_0004.png"}  # fmt: skip
+        "samples/grpo_0001.png", "samples/grpo_0004.png"}  # fmt: skip
     for picture in (name for name in there if name.endswith(("png", "gif"))):
         with Image.open(smoke / picture) as image:
             image.load()
@@ -314,7 +314,7 @@ def test_an_alignment_that_was_interrupted_and_resumed_equals_the_smoke_run(smok
     assert (copy / "metrics.csv").read_bytes() == (smoke / "metrics.csv").read_bytes()
     ours, theirs = (load_file(str(folder / "aligned.safetensors")) for folder in (copy, smoke))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    for name in ("grpo_0000.png", "grpo_0004.png"):
+    for name in ("grpo_0001.png", "grpo_0004.png"):
         assert (np.asarray(Image.open(copy / "samples" / name)) == np.asarray(Image.open(smoke / "samples" / name))).all()
 
 
@@ -344,7 +344,7 @@ def test_the_same_seed_gives_the_same_weights_and_batches_and_another_seed_other
     def start(seed):
         other = Trainer(make_config(**TINY, seed=seed, out=trainer.config.out))
         other.load_tokens()
-        return other.policy().head, next(other.batches(other.pairs(other.rng("pretrain", 0), 8))).target
+        return other.policy().head, next(other.batches(other.pretraining_rows(other.rng("pretrain", 0), 8))).target
 
     (weights, batch), (same, again), (different, others) = start(0), start(0), start(1)
     assert torch.equal(weights, same) and torch.equal(batch, again)
@@ -378,7 +378,7 @@ def test_a_state_that_is_loaded_is_the_state_that_was_saved(trainer, tmp_path):
     optimizers = train.make_optimizers(model, 0.01)
     for step in range(2):
         model.zero_grad()
-        trainer.next_token_loss(model, trainer.pairs(trainer.rng("x", step), 4))[0].backward()
+        trainer.next_token_loss(model, trainer.pretraining_rows(trainer.rng("x", step), 4))[0].backward()
         for optimizer in optimizers:
             optimizer.step()
     train.save_state(model, optimizers, [2, 0, 0, 0], tmp_path / "s.safetensors")
@@ -408,7 +408,7 @@ def paired(vocab, codebook, tmp_path):
 
 def test_no_picture_of_three_objects_or_of_a_special_pair_comes_with_its_words(paired):
     lengths, alone = set(), {"<draw>": 0, "<caption>": 0}
-    for batch in (b for step in range(12) for b in paired.batches(paired.pairs(paired.rng("pretrain", step), 64))):
+    for batch in (b for step in range(12) for b in paired.batches(paired.pretraining_rows(paired.rng("pretrain", step), 64))):
         for given, target in zip(batch.tokens.tolist(), batch.target.tolist()):
             task = SPECIAL[given[1]]
             if task == "<draw>":
@@ -434,7 +434,7 @@ def test_the_filter_never_judges_by_words_that_no_one_may_see(paired):
         return torch.ones(len(examples), dtype=torch.bool)
 
     for step in range(5):
-        paired.pairs(paired.rng("pretrain", step), 64, believed)
+        paired.pretraining_rows(paired.rng("pretrain", step), 64, believed)
     assert judged and all(len(e.truth[0]) < 3 for e in judged if e.task in ("draw", "caption"))
 
 
@@ -718,14 +718,14 @@ def test_the_ledger_counts_clean_labels_and_all_operations(smoke):
 def test_the_pairs_kept_in_a_grpo_step_are_those_that_the_reward_believes(smoke):
     trainer = Trainer(make_config(**TINY, out=str(smoke)))
     trainer.load_tokens()
-    kept, all_of_them = (trainer.pairs(trainer.rng("x", 0), 256, believed) for believed in (trainer.rewards().believes, None))
+    kept, all_of_them = (trainer.pretraining_rows(trainer.rng("x", 0), 256, believed) for believed in (trainer.rewards().believes, None))
     captioned = lambda rows: sum(e.task in ("draw", "caption") for _, e, _ in rows)  # noqa: E731
     assert 0 < captioned(kept) < captioned(all_of_them) and len(all_of_them) - len(kept) == captioned(all_of_them) - captioned(kept)
 
 
 def test_control_with_labels_has_clean_answers_about_three_objects_and_pretraining_has_neither(paired):
     for labelled, most in ((False, 2), (True, 3)):
-        rows = [e for step in range(8) for _, e, _ in paired.pairs(paired.rng("x", step), 64, labelled=labelled)]
+        rows = [e for step in range(8) for _, e, _ in paired.pretraining_rows(paired.rng("x", step), 64, labelled=labelled)]
         assert max(len(e.truth) for e in rows if e.task in ("ask", "reason")) == most
         places = [e.answer for e in rows if e.prompt.startswith("where")]
         assert all("-" in a for a in places) if labelled else 0.5 < np.mean(["-" not in a for a in places]) < 0.9
@@ -734,7 +734,7 @@ def test_control_with_labels_has_clean_answers_about_three_objects_and_pretraini
 @pytest.mark.parametrize("labelled", [False, True])
 def test_no_one_is_ever_shown_the_steps_of_three_hops_and_their_answers_are_seen_without_steps(vocab, tmp_path, labelled):
     trainer, hops = Trainer(make_config(**TINY, tasks="all", out=str(tmp_path))), {"hops": set(), "steps": set()}
-    for _, e, _ in (row for step in range(6) for row in trainer.pairs(trainer.rng("x", step), 64, labelled=labelled)):
+    for _, e, _ in (row for step in range(6) for row in trainer.pretraining_rows(trainer.rng("x", step), 64, labelled=labelled)):
         if e.task in hops:
             hops[e.task].add(e.truth[1])
             assert ("<think> </think>" in e.answer) == (e.truth[1] == 3 and e.task == "steps")
@@ -743,7 +743,8 @@ def test_no_one_is_ever_shown_the_steps_of_three_hops_and_their_answers_are_seen
 
 def test_stories_told_with_their_pictures_show_two_objects_at_most(vocab, tmp_path):
     trainer = Trainer(make_config(**TINY, tasks="all", out=str(tmp_path)))
-    rows = [e for step in range(6) for _, e, _ in trainer.pairs(trainer.rng("x", step), 64) if e.task in ("story", "tell", "plan")]
+    every = [e for step in range(6) for _, e, _ in trainer.pretraining_rows(trainer.rng("x", step), 64)]
+    rows = [e for e in every if e.task in ("story", "tell", "plan")]
     frames = [scene for e in rows for scene in (e.truth[:1] if e.task == "plan" else e.truth.scenes)]
     assert len(frames) > 60 and {*map(len, frames)} == {1, 2}
     assert not any(pairs_of(o.kind for o in scene) & (HELDOUT_PAIRS | PROMPT_PAIRS) for scene in frames)
