@@ -34,7 +34,8 @@ Here what is chosen stands after an arrow; TEMPLATES says the same to the machin
   ask      <bos> <ask> <image> codes question <answer>     -> word <eos>
   reason   <bos> <reason> <image> codes question <answer>  -> <think> steps </think> word <eos>
   text     <bos> <text>                                    -> words <eos>         (plain language modelling)
-  hops     as ask: questions of one to three hops, answered at once;   steps   as reason: the same, with steps
+  hops     as ask: questions of one to three hops, answered at once
+  steps    the same, but ... <answer> <think>              -> steps </think> word <eos>      (it has to think)
   story    <bos> <story>, then three times: sentence <image>        -> codes
   tell     <bos> <tell>, three times <image> codes, then <answer>   -> sentence . sentence . sentence <eos>
   judge    <bos> <judge>, two or three times <image> codes, then sentence <answer>   -> true or false <eos>
@@ -1222,7 +1223,7 @@ def make_sources(names, data_dir, jitter=0, fetch_missing=False, tasks=None):
 TEMPLATES = {  # after <bos> and the task's name; with a question mark: chosen. Every picture stands behind its <image>
     "draw": "prompt picture?", "caption": "pictures <answer> answer?", "ask": "pictures prompt <answer> answer?",
     "reason": "pictures prompt <answer> answer?", "text": "answer?", "hops": "pictures prompt <answer> answer?",
-    "steps": "pictures prompt <answer> answer?", "story": "prompt picture? prompt picture? prompt picture?",
+    "steps": "pictures prompt <answer> <think> answer?", "story": "prompt picture? prompt picture? prompt picture?",
     "tell": "pictures <answer> answer?", "judge": "pictures prompt <answer> answer?",
     "plan": "prompt <answer> answer? picture?"}  # fmt: skip
 SPECIAL = ("<pad>", "<bos>", *(f"<{task}>" for task in TEMPLATES), "<image>", "<answer>",  # always given
@@ -1357,7 +1358,8 @@ class Vocabulary:
                 give([IMAGE])
                 row.extend((-1, code, self.n_text, self.size, k) for k, code in enumerate(next(pictures)))
             elif part == "answer?":
-                words, longest = self.encode(example.answer) + [EOS], MAX_TEXT[task]
+                said = example.answer.removeprefix(THINK) if THINK in parts else example.answer
+                words, longest = self.encode(said) + [EOS], MAX_TEXT[task]
                 if len(words) > longest:
                     raise ValueError(f"the {task} text has {len(words)} tokens, more than {longest}: {example.answer!r}")
                 row.extend((-1, i, EOS, self.n_text, -1) for i in words + [PAD] * (longest - len(words)))

@@ -35,7 +35,7 @@ from safetensors import safe_open
 from safetensors import torch as safetensors
 from torch import nn
 
-from data import EOS, PAD, Vocabulary, World
+from data import EOS, PAD, SPECIAL, THINK, Vocabulary, World
 
 # ---------------------------------------------------------------- where to run
 
@@ -436,7 +436,8 @@ def decode(vocab, codebook, task, batch, tokens):
         pictures = list(pictures.reshape(len(tokens), -1, *pictures.shape[1:]) if task == "story" else pictures)
     if task in ("draw", "story"):
         return pictures
-    texts = [vocab.decode(row[keep].tolist()) for row, keep in zip(tokens.cpu(), (chosen & ~drawn).cpu())]
+    said = (chosen & ~drawn) | (tokens == SPECIAL.index(THINK))  # where a task has to think, that is given
+    texts = [vocab.decode(row[keep].tolist()) for row, keep in zip(tokens.cpu(), said.cpu())]
     return list(zip(texts, pictures)) if task == "plan" else texts
 
 

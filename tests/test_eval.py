@@ -328,6 +328,15 @@ def test_decoding_gives_a_story_its_three_frames_and_a_plan_its_text_and_picture
             assert text == e.answer and picture.shape == e.picture.shape and (picture == e.picture).all()
 
 
+def test_where_a_task_has_to_think_that_is_given_and_decoded_with_the_rest(vocab, codebook):
+    rng = random.Random(0)
+    for task, given in (("steps", 1), ("reason", 0)):
+        some = [WORLD.example(rng, task) for _ in range(3)]
+        batch = vocab.batch(some, codebook.encode(pictures_of(some)))
+        assert ((batch.tokens == SPECIAL.index("<think>")).sum(1) == given).all()
+        assert evaluation.decode(vocab, codebook, task, batch, batch.target) == [e.answer for e in some]
+
+
 def test_a_model_that_answers_from_the_key_masters_every_task_and_a_task_that_is_no_part_is_null(evaluator, vocab, codebook, monkeypatch):
     def filled(model, batch, *args, group=1, **kwargs):
         return batch.repeat(group).target
