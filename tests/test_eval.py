@@ -330,10 +330,10 @@ def test_decoding_gives_a_story_its_three_frames_and_a_plan_its_text_and_picture
 
 def test_where_a_task_has_to_think_that_is_given_and_decoded_with_the_rest(vocab, codebook):
     rng = random.Random(0)
-    for task, given in (("steps", 1), ("reason", 0)):
+    for task, times in (("steps", 1), ("reason", 0)):
         some = [WORLD.example(rng, task) for _ in range(3)]
         batch = vocab.batch(some, codebook.encode(pictures_of(some)))
-        assert ((batch.tokens == SPECIAL.index("<think>")).sum(1) == given).all()
+        assert ((batch.tokens == SPECIAL.index("<think>")).sum(1) == times).all()
         assert evaluation.decode(vocab, codebook, task, batch, batch.target) == [e.answer for e in some]
 
 
