@@ -524,23 +524,23 @@ class Row(NamedTuple):
 
 
 def counting_sentence(row, quantifier, values):
-    """(text, counts, holds): one sentence; what it counts in each of a list of pictures (lists of objects), as a function; and if
-    it is true of them, as a function. values: {slot: (word, what it means)}.
+    """(text, marks, holds): one sentence; what it counts in each of a list of pictures (lists of objects), as a function to a
+    bool for each object, or one for the picture; and if it is true of them, as a function. values: {slot: (word, what it means)}.
 
     >>> circles = Row("", "{c} circle*", lambda o, x, c: o.kind == (c, "circle"), True)
-    >>> text, counts, holds = counting_sentence(circles, ("there are two {}", "s", 2, 99), {"c": ("red", "red")})
+    >>> text, marks, holds = counting_sentence(circles, ("there are two {}", "s", 2, 99), {"c": ("red", "red")})
     >>> red = Object("red", "circle", "big", 0, 0)
-    >>> text, counts([[red], []]), holds([[red], []]), holds([[red], [red]])
-    ('there are two red circles', [1, 0], False, True)
+    >>> text, marks([[red], []]), holds([[red], []]), holds([[red], [red]])
+    ('there are two red circles', [[True], []], False, True)
     """
     words, plural, least, most = quantifier
     noun = row.words.format(**{slot: word for slot, (word, _) in values.items()}).replace("x*", f"x{plural and 'e'}*").replace("*", plural)
     means = {slot: meaning for slot, (_, meaning) in values.items()}
 
-    def counts(pictures):
-        return [sum(bool(row.test(o, x, **means)) for o in x) if row.part else int(bool(row.test(x, **means))) for x in pictures]
+    def marks(pictures):
+        return [[bool(row.test(o, x, **means)) for o in x] if row.part else [bool(row.test(x, **means))] for x in pictures]
 
-    return words.format(noun), counts, lambda pictures: least <= sum(counts(pictures)) <= most
+    return words.format(noun), marks, lambda pictures: least <= sum(map(sum, marks(pictures))) <= most
 
 
 def slots_of(row, slots):
@@ -548,18 +548,18 @@ def slots_of(row, slots):
 
 
 def statement(rng, rows, slots, sample, closed=()):
-    """(text, pictures, "true" or "false", kind, what it counts in each), true as likely as false for every sentence: the words
+    """(text, pictures, "true" or "false", row, marks of what it counts), true as likely as false for every sentence: the words
     alone tell nothing. sample(kind) -> pictures, as lists of objects; closed: texts that must not be made."""
     while True:
         row, found = rng.choice(rows), {}
         values = {slot: rng.choice(list(words.items())) for slot, words in slots_of(row, slots).items()}
-        text, counts, holds = counting_sentence(row, rng.choice(QUANTIFIERS), values)
+        text, marks, holds = counting_sentence(row, rng.choice(QUANTIFIERS), values)
         for _ in range(16 if text not in closed else 0):
             pictures = sample(row.kind)
             found.setdefault(holds(pictures), pictures)
             if len(found) == 2:
                 label = rng.random() < 0.5
-                return text, found[label], TRUTH[label], row.kind, counts(found[label])
+                return text, found[label], TRUTH[label], row, marks(found[label])
 
 
 WORLD_SLOTS = {"c": {c: c for c in COLORS}, "d": {c: c for c in COLORS}, "s": {s: s for s in SHAPES}, "z": {z: z for z in SIZES},
@@ -952,22 +952,27 @@ def render_grid(rng, grid):
 
 
 def grid_answer(grid, question):
-    """(answer, steps): is it so, and the nine cells, row by row, then three rows of where the question's steps lead, x or o;
-    (None, None) where no X is in the grid: such a question is not asked.
+    """(answer, steps): is it so, and the nine cells, row by row, then maps of three rows, x or o: where some Y is, where each
+    step leads from there, the last one first, and where of these some X is. (None, None) where no X is in the grid: such a
+    question is not asked.
 
     >>> grid = {(0, 0): ("red", "circle", 5), (1, 1): ("blue", "square", 5)}
-    >>> grid_answer(grid, "is a circle above left of a square")
-    (True, 'red-circle nothing nothing nothing blue-square nothing nothing nothing nothing xoo ooo ooo')
+    >>> answer, steps = grid_answer(grid, "is a circle above left of a square")
+    >>> print(answer, steps)  # doctest: +NORMALIZE_WHITESPACE
+    True red-circle nothing nothing nothing blue-square nothing nothing nothing nothing
+         ooo oxo ooo   ooo xoo ooo   xoo ooo ooo   xoo ooo ooo
     >>> grid_answer(grid, "is a square above a square")[0]
     False
     """
     x, steps, y = GRID_QUESTIONS[question]
     seen, there = ({cell for cell, o in grid.items() if word in o} for word in (x, y))
+    maps = [there]
     for down, right in (STEPS[s] for s in reversed(steps)):
-        there = {(r + down, c + right) for r, c in there if 0 <= r + down < 3 and 0 <= c + right < 3}
-    cells = ["-".join(grid[cell][:2]) if cell in grid else "nothing" for cell in itertools.product(range(3), range(3))]
-    marks = ["".join("ox"[(r, c) in there] for c in range(3)) for r in range(3)]
-    return (bool(seen & there), " ".join(cells + marks)) if seen else (None, None)
+        maps.append({(r + down, c + right) for r, c in maps[-1] if 0 <= r + down < 3 and 0 <= c + right < 3})
+    maps.append(maps[-1] & seen)
+    words = ["-".join(grid[cell][:2]) if cell in grid else "nothing" for cell in itertools.product(range(3), range(3))]
+    words += ["".join("ox"[(r, c) in there] for c in range(3)) for there in maps for r in range(3)]
+    return (bool(maps[-1]), " ".join(words)) if seen else (None, None)
 
 
 class Item(NamedTuple):
@@ -1189,11 +1194,15 @@ class NLVR(Asked):
         return example._replace(picture=example.picture[rng.sample(range(3), 3)])
 
     def make(self, rng):
-        """A sentence about made boxes, and its steps: for each box the blocks of its tower, if it is one, and what is counted there."""
-        text, boxes, label, kind, counts = statement(rng, NLVR_ROWS, NLVR_SLOTS, lambda kind: sample_boxes(rng, kind), self.closed)
-        blocks = [[o.color for o in box] if kind == "towers" else [] for box in boxes]
-        steps = " ".join(word for some, n in zip(blocks, counts) for word in (*some, str(n)))
-        return Example("judge", np.stack([render_box(box) for box in boxes]), text, label), steps
+        """A sentence about made boxes, and its steps: for each box the blocks of its tower, if it is one, with an x at those that
+        count, and what is counted there."""
+        text, boxes, label, row, marks = statement(rng, NLVR_ROWS, NLVR_SLOTS, lambda kind: sample_boxes(rng, kind), self.closed)
+        steps = []
+        for box, found in zip(boxes, marks):
+            if row.kind == "towers":
+                steps += [o.color + "-x" * x for o, x in zip(box, found)] if row.part else [o.color for o in box]
+            steps.append(str(sum(found)))
+        return Example("judge", np.stack([render_box(box) for box in boxes]), text, label), " ".join(steps)
 
 
 SOURCES = {"synthetic": World, "fashion_mnist": FashionMNIST, "shapes": Shapes, "nlvr": NLVR}
@@ -1230,7 +1239,7 @@ SPECIAL = ("<pad>", "<bos>", *(f"<{task}>" for task in TEMPLATES), "<image>", "<
            "<eos>", "<think>", "</think>")  # these three can be chosen: text that is chosen starts at <eos>
 PAD, BOS, IMAGE, ANSWER, EOS = (SPECIAL.index(s) for s in ("<pad>", "<bos>", "<image>", "<answer>", "<eos>"))
 THINK, END_THINK = "<think>", "</think>"
-MAX_TEXT = {"caption": 18, "ask": 3, "reason": 20, "text": 18, "hops": 3, "steps": 28, "tell": 44, "judge": 3, "plan": 28}
+MAX_TEXT = {"caption": 18, "ask": 3, "reason": 25, "text": 18, "hops": 3, "steps": 28, "tell": 44, "judge": 3, "plan": 28}
 # tokens that a free text may have, <eos> included
 
 

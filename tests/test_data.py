@@ -777,14 +777,16 @@ def test_a_question_about_a_grid_is_answered_by_shifting_the_whole_grid():
     rng, shifts = random.Random(1), {"above": (-1, 0), "below": (1, 0), "left of": (0, -1), "right of": (0, 1)}
     for _ in range(400):
         grid, asked = data.sample_grid(rng), rng.choice(list(data.GRID_QUESTIONS))
-        x, *steps, y = re.findall(r"above|below|left of|right of|red|green|blue|circle|square|triangle", asked)
+        x, *shifted, y = re.findall(r"above|below|left of|right of|red|green|blue|circle|square|triangle", asked)
         seen, there = (np.array([[word in grid.get((r, c), ()) for c in range(3)] for r in range(3)]) for word in (x, y))
-        for step in reversed(steps):
+        for step in reversed(shifted):
             (down, right), padded = shifts[step], np.pad(there, 1)
             there = padded[1 - down : 4 - down, 1 - right : 4 - right]
         answer, steps = data.grid_answer(grid, asked)
         assert answer == (bool((seen & there).any()) if seen.any() else None), asked
-        assert not steps or [[mark == "x" for mark in row] for row in steps.split()[9:]] == there.tolist()
+        if steps:
+            assert np.array([[mark == "x" for mark in row] for row in steps.split()[-6:]]).reshape(2, 3, 3).tolist() == [
+                there.tolist(), (seen & there).tolist()] and len(steps.split()) == 9 + 3 * (2 + len(shifted))  # fmt: skip
     assert len(data.GRID_QUESTIONS) == 36 * (1 + 4 + 16)
 
 
@@ -855,13 +857,15 @@ def test_the_steps_about_boxes_are_the_blocks_of_towers_and_what_is_counted_and_
     source, rng, seen = data.NLVR(asked / "nlvr"), random.Random(1), Counter()
     for e in (source.example(rng, "reason") for _ in range(150)):
         _, *steps, _, answer = e.answer.split()
-        parts = re.findall(r"([a-z ]*)(\d+)", " ".join(steps))
+        parts = re.findall(r"([a-z -]*)(\d+)", " ".join(steps))
         found = sum(int(n) for _, n in parts)
         how, number = re.match(r"there (?:is|are) (exactly |only |at least |)(\w+) ", e.prompt).groups()
         n = {"a": 1, "no": 0}.get(number, data.NUMBERS.get(number))
         assert len(parts) == 3 and answer == data.TRUTH[found == n if how in ("exactly ", "only ") or n == 0 else found >= n], e
         if "tower" in e.prompt or "block" in e.prompt:
-            boxes = [[data.Item("square", c, 20, 40, 80 - 21 * k) for k, c in enumerate(blocks.split())] for blocks, _ in parts]
+            assert "-x" not in " ".join(steps) or [blocks.count("-x") for blocks, _ in parts] == [int(n) for _, n in parts]
+            boxes = [[data.Item("square", c, 20, 40, 80 - 21 * k) for k, c in enumerate(blocks.replace("-x", "").split())]
+                     for blocks, _ in parts]  # fmt: skip
             assert (np.stack([data.render_box(box) for box in boxes]) == e.picture).all()
         seen[bool(parts[0][0].strip())] += 1
     assert min(seen.values()) > 20
