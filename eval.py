@@ -844,7 +844,7 @@ def comparison(runs):
     for seed in set.intersection(*(set(r) for r in runs.values())):
         for column in ("", "_heldout"):
             fronts = {m: runs[m][seed]["front"] for m in runs}
-            common = min(max((row[f"diversity{column}"] or 0 for row in rows), default=0) for rows in fronts.values())
+            common = min(max((row.get(f"diversity{column}") or 0 for row in rows), default=0) for rows in fronts.values())
             for m, rows in fronts.items():
                 runs[m][seed][f"compose{column} @ diversity"] = quality_at(rows, common, column) if common else None
     heads = [f"{m} (n={len(runs[m])})" for m in (first, *others)] + [f"{first} - {m}" for m in others]

@@ -340,12 +340,16 @@ def pair_report(model, vocab, pairs):
 
 
 def exact_match(text, key):
-    """1.0 if the answer, which is the last word of either text, is the same; else 0.0.
+    """1.0 if the answer, which is the last word of either text, is the same; else 0.0. A thought that does not end has none.
 
     >>> exact_match("<think> red circle : top left </think> blue", "<think> whatever </think> blue")
     1.0
+    >>> exact_match("<think> something blue", "<think> whatever </think> blue")
+    0.0
     """
-    return float(bool(text.split()) and text.split()[-1] == key.split()[-1])  # (R4)
+    words = text.split()
+    unfinished = THINK in words and words[-2:-1] != [END_THINK]
+    return float(bool(words) and not unfinished and words[-1] == key.split()[-1])  # (R4)
 
 
 def sentences_right(text, key):

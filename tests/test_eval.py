@@ -605,6 +605,17 @@ def test_runs_on_several_data_sets_are_compared_on_each(smoke, tmp_path, command
     assert "@ best T" in parts[0] and "@" not in parts[1]
 
 
+def test_clothes_which_have_no_prompts_of_three_objects_are_compared_as_well(smoke, tmp_path, command):
+    folders = list(copies(smoke, tmp_path, 0.5))
+    for path in (folder / "eval.json" for folder in folders):
+        result = json.loads(path.read_text())
+        result["meta"]["seed"] = 0
+        result["sweep"] = {m: [{"temperature": t, "compose": 0.5, "diversity": 0.5} for t in (0.1, 1.0)] for m in ("base", "aligned")}
+        path.write_text(json.dumps(result))
+    done = command("eval.py", "--compare", *folders)
+    assert done.status == 0 and "compose @ diversity" in done.out and "compose_heldout @" not in done.out
+
+
 def test_runs_without_any_diversity_are_compared_as_well(smoke, tmp_path, command):
     done = command("eval.py", "--compare", *copies(smoke, tmp_path, None))
     assert done.status == 0 and not re.search("^diversity ", done.out, re.M)

@@ -421,8 +421,9 @@ def test_calibration_tells_how_far_a_sure_model_is_off():
 @pytest.mark.parametrize("text, key, value", [
     ("red", "red", 1), ("blue", "red", 0), ("", "red", 0), ("red blue", "red", 0), ("top-left", "left", 0),
     ("<think> red circle : top left </think> blue", "<think> x </think> blue", 1),
-    ("<think> blue </think> red", "<think> x </think> blue", 0)])  # fmt: skip
-def test_an_answer_is_right_if_its_last_word_is(text, key, value):
+    ("<think> blue </think> red", "<think> x </think> blue", 0), ("<think> blue", "<think> x </think> blue", 0),
+    ("<think>", "<think> x </think> blue", 0), ("<think> red </think> blue blue", "<think> x </think> blue", 0)])  # fmt: skip
+def test_an_answer_is_right_if_its_last_word_is_and_its_thought_has_ended(text, key, value):
     assert exact_match(text, key) == value
 
 
