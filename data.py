@@ -952,27 +952,27 @@ def render_grid(rng, grid):
 
 
 def grid_answer(grid, question):
-    """(answer, steps): is it so, and the nine cells, row by row, then maps of three rows, x or o: where some Y is, where each
-    step leads from there, the last one first, and where of these some X is. (None, None) where no X is in the grid: such a
-    question is not asked.
+    """(answer, steps): is it so, and the nine cells, row by row, with an x at every Y; then for each step, the last one first, where
+    it leads from there: o or x, and at the end what stands there. (None, None) where no X is in the grid: such a question is not
+    asked.
 
     >>> grid = {(0, 0): ("red", "circle", 5), (1, 1): ("blue", "square", 5)}
     >>> answer, steps = grid_answer(grid, "is a circle above left of a square")
     >>> print(answer, steps)  # doctest: +NORMALIZE_WHITESPACE
-    True red-circle nothing nothing nothing blue-square nothing nothing nothing nothing
-         ooo oxo ooo   ooo xoo ooo   xoo ooo ooo   xoo ooo ooo
+    True red-circle nothing nothing  nothing blue-square-x nothing  nothing nothing nothing
+         o o o  x o o  o o o    red-circle o o  o o o  o o o
     >>> grid_answer(grid, "is a square above a square")[0]
     False
     """
     x, steps, y = GRID_QUESTIONS[question]
     seen, there = ({cell for cell, o in grid.items() if word in o} for word in (x, y))
-    maps = [there]
-    for down, right in (STEPS[s] for s in reversed(steps)):
-        maps.append({(r + down, c + right) for r, c in maps[-1] if 0 <= r + down < 3 and 0 <= c + right < 3})
-    maps.append(maps[-1] & seen)
-    words = ["-".join(grid[cell][:2]) if cell in grid else "nothing" for cell in itertools.product(range(3), range(3))]
-    words += ["".join("ox"[(r, c) in there] for c in range(3)) for there in maps for r in range(3)]
-    return (bool(maps[-1]), " ".join(words)) if seen else (None, None)
+    cells = list(itertools.product(range(3), range(3)))
+    names = {cell: "-".join(grid[cell][:2]) if cell in grid else "nothing" for cell in cells}
+    words = [names[cell] + "-x" * (cell in there) for cell in cells]
+    for n, (down, right) in enumerate(STEPS[s] for s in reversed(steps)):
+        there = {(r + down, c + right) for r, c in there} & set(cells)
+        words += [(names[cell] if n == len(steps) - 1 else "x") if cell in there else "o" for cell in cells]
+    return (bool(seen & there), " ".join(words)) if seen else (None, None)
 
 
 class Item(NamedTuple):
@@ -1057,6 +1057,7 @@ def sample_boxes(rng, kind):
             x, y = (min(rng.randrange(100), 100 - size) for _ in "xy")  # as there, many stand at the right or on the ground
             if all(max(abs(2 * (x - o.x) + size - o.size), abs(2 * (y - o.y) + size - o.size)) > size + o.size for o in box):
                 box.append(Item(rng.choice(SHAPES), rng.choice(tuple(NLVR_COLORS)), size, x, y))
+        box.sort(key=lambda o: o.x)
     return boxes
 
 
@@ -1194,13 +1195,13 @@ class NLVR(Asked):
         return example._replace(picture=example.picture[rng.sample(range(3), 3)])
 
     def make(self, rng):
-        """A sentence about made boxes, and its steps: for each box the blocks of its tower, if it is one, with an x at those that
-        count, and what is counted there."""
+        """A sentence about made boxes, and its steps: what is in each box, blocks from below and items from the left, with an x at
+        those that count, and how many count there."""
         text, boxes, label, row, marks = statement(rng, NLVR_ROWS, NLVR_SLOTS, lambda kind: sample_boxes(rng, kind), self.closed)
         steps = []
         for box, found in zip(boxes, marks):
-            if row.kind == "towers":
-                steps += [o.color + "-x" * x for o, x in zip(box, found)] if row.part else [o.color for o in box]
+            names = [o.color if row.kind == "towers" else f"{o.color}-{o.shape}" for o in box]
+            steps += [name + "-x" * x for name, x in zip(names, found)] if row.part else names
             steps.append(str(sum(found)))
         return Example("judge", np.stack([render_box(box) for box in boxes]), text, label), " ".join(steps)
 
@@ -1239,7 +1240,7 @@ SPECIAL = ("<pad>", "<bos>", *(f"<{task}>" for task in TEMPLATES), "<image>", "<
            "<eos>", "<think>", "</think>")  # these three can be chosen: text that is chosen starts at <eos>
 PAD, BOS, IMAGE, ANSWER, EOS = (SPECIAL.index(s) for s in ("<pad>", "<bos>", "<image>", "<answer>", "<eos>"))
 THINK, END_THINK = "<think>", "</think>"
-MAX_TEXT = {"caption": 18, "ask": 3, "reason": 25, "text": 18, "hops": 3, "steps": 28, "tell": 44, "judge": 3, "plan": 28}
+MAX_TEXT = {"caption": 18, "ask": 3, "reason": 31, "text": 18, "hops": 3, "steps": 28, "tell": 44, "judge": 3, "plan": 28}
 # tokens that a free text may have, <eos> included
 
 

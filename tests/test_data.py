@@ -785,8 +785,10 @@ def test_a_question_about_a_grid_is_answered_by_shifting_the_whole_grid():
         answer, steps = data.grid_answer(grid, asked)
         assert answer == (bool((seen & there).any()) if seen.any() else None), asked
         if steps:
-            assert np.array([[mark == "x" for mark in row] for row in steps.split()[-6:]]).reshape(2, 3, 3).tolist() == [
-                there.tolist(), (seen & there).tolist()] and len(steps.split()) == 9 + 3 * (2 + len(shifted))  # fmt: skip
+            cells, *maps = np.array(steps.split()).reshape(-1, 3, 3)
+            assert len(maps) == len(shifted) and (np.char.find(cells, f"{y}") >= 0).tolist() == np.char.endswith(cells, "-x").tolist()
+            assert not maps or (maps[-1] == np.where(there, np.char.replace(cells, "-x", ""), "o")).all()
+            assert all(set(m.flat) <= {"x", "o"} for m in maps[:-1])
     assert len(data.GRID_QUESTIONS) == 36 * (1 + 4 + 16)
 
 
@@ -846,7 +848,7 @@ def test_the_steps_about_a_grid_are_its_cells(asked):
     source, rng = data.Shapes(asked / "shapes"), random.Random(1)
     for e in (source.example(rng, "reason") for _ in range(100)):
         cells = e.picture[1:31, 1:31].reshape(3, 10, 3, 10, 3).swapaxes(1, 2).reshape(9, 100, 3).astype(int).sum(1)
-        words = e.answer.split()[1:10]
+        words = [w.removesuffix("-x") for w in e.answer.split()[1:10]]
         assert [w.split("-")[0] for w in words] == [("red", "green", "blue")[c.argmax()] if c.any() else "nothing" for c in cells]
         grid = {(k // 3, k % 3): tuple(w.split("-")) for k, w in enumerate(words) if w != "nothing"}
         answer, steps = data.grid_answer(grid, e.prompt)
@@ -857,7 +859,7 @@ def test_the_steps_about_boxes_are_the_blocks_of_towers_and_what_is_counted_and_
     source, rng, seen = data.NLVR(asked / "nlvr"), random.Random(1), Counter()
     for e in (source.example(rng, "reason") for _ in range(150)):
         _, *steps, _, answer = e.answer.split()
-        parts = re.findall(r"([a-z -]*)(\d+)", " ".join(steps))
+        parts = re.findall(r"([a-z -]*)(\d+)", " ".join(steps))  # what is in each box, and how many count
         found = sum(int(n) for _, n in parts)
         how, number = re.match(r"there (?:is|are) (exactly |only |at least |)(\w+) ", e.prompt).groups()
         n = {"a": 1, "no": 0}.get(number, data.NUMBERS.get(number))
@@ -867,7 +869,10 @@ def test_the_steps_about_boxes_are_the_blocks_of_towers_and_what_is_counted_and_
             boxes = [[data.Item("square", c, 20, 40, 80 - 21 * k) for k, c in enumerate(blocks.replace("-x", "").split())]
                      for blocks, _ in parts]  # fmt: skip
             assert (np.stack([data.render_box(box) for box in boxes]) == e.picture).all()
-        seen[bool(parts[0][0].strip())] += 1
+        else:
+            pixels = {tuple(pixel) for pixel in e.picture.reshape(-1, 3).tolist()}
+            assert {c for c, rgb in data.NLVR_COLORS.items() if rgb in pixels} == {c for c in data.NLVR_COLORS if c in " ".join(steps)}
+        seen["-" in parts[0][0].replace("-x", "")] += 1
     assert min(seen.values()) > 20
 
 
