@@ -953,14 +953,14 @@ def render_grid(rng, grid):
 
 def grid_answer(grid, question):
     """(answer, steps): is it so, and the nine cells, row by row, with an x at every Y; then for each step, the last one first, where
-    it leads from there: o or x, and at the end what stands there. (None, None) where no X is in the grid: such a question is not
-    asked.
+    it leads from there: o or x. The last time what stands there is named, with an x at every X. (None, None) where no X is in the
+    grid: such a question is not asked.
 
     >>> grid = {(0, 0): ("red", "circle", 5), (1, 1): ("blue", "square", 5)}
     >>> answer, steps = grid_answer(grid, "is a circle above left of a square")
     >>> print(answer, steps)  # doctest: +NORMALIZE_WHITESPACE
     True red-circle nothing nothing  nothing blue-square-x nothing  nothing nothing nothing
-         o o o  x o o  o o o    red-circle o o  o o o  o o o
+         o o o  x o o  o o o    red-circle-x o o  o o o  o o o
     >>> grid_answer(grid, "is a square above a square")[0]
     False
     """
@@ -969,9 +969,10 @@ def grid_answer(grid, question):
     cells = list(itertools.product(range(3), range(3)))
     names = {cell: "-".join(grid[cell][:2]) if cell in grid else "nothing" for cell in cells}
     words = [names[cell] + "-x" * (cell in there) for cell in cells]
-    for n, (down, right) in enumerate(STEPS[s] for s in reversed(steps)):
+    for n, (down, right) in enumerate([STEPS[s] for s in reversed(steps)] or [(0, 0)], 1):
         there = {(r + down, c + right) for r, c in there} & set(cells)
-        words += [(names[cell] if n == len(steps) - 1 else "x") if cell in there else "o" for cell in cells]
+        last = n >= len(steps)
+        words += [(names[cell] + "-x" * (cell in seen) if last else "x") if cell in there else "o" for cell in cells]
     return (bool(seen & there), " ".join(words)) if seen else (None, None)
 
 
@@ -1124,9 +1125,9 @@ class FashionMNIST:
 class Asked:
     """What SHAPES and NLVR share as sources: one question, answered at once (tasks[0]) or with steps ("reason"); `splits` of real
     items, and in training made ones beside them, with steps worked out: what is seen where. A yes or no is too little to learn
-    to see from, so half of pre-training has steps."""
+    to see from, so three quarters of pre-training have steps."""
 
-    made, stepped = 0.8, 0.5  # shares of training: of made items, in pre-training of those with steps
+    made, stepped = 0.8, 0.75  # shares of training: of made items, in pre-training of those with steps
 
     def example(self, rng, task, pool="paired", noise=None, split="train"):
         """As World.example. Questions are clean. Only made ones have steps to learn from."""
