@@ -475,7 +475,7 @@ METRICS = {  # group: metrics; those that no task of a run gives are null
                    "story_frames", "story_consistent", "story_three", "plan_compose", "plan_compose_heldout", "plan_compose_pairs",
                    "plan_compose_unprompted", "plan_true", "plan_followed", "diversity", "diversity_heldout"),
     "reasoning": ("visual", "visual_three", "visual_val", "visual_consistency", "multihop", "multihop_three", "multihop_val",
-                  *(f"{task}_{hops}" for hops in (1, 2, 3) for task in ("hops", "steps")), "steps_worked"),
+                  "multihop_consistency", *(f"{task}_{hops}" for hops in (1, 2, 3) for task in ("hops", "steps")), "steps_worked"),
     "language": ("text_nll",),
 }
 
@@ -569,13 +569,13 @@ def measure_asked(evaluator, n, note):
         answers, right = Counter(e.answer for e in examples), asked.answered(examples)
         (majority, most), *_ = answers.most_common(1)
         note(name, right, rate, chance=round(most / len(examples), 4))
-        if name == "visual":
+        if evaluator.source.name == "nlvr" and not name.endswith("_val"):
             alike, always = defaultdict(list), defaultdict(list)  # by sentence
             for e, ok in zip(examples, right):
                 alike[e.truth].append(bool(ok))
                 always[e.truth].append(e.answer == majority)
             share = np.mean([all(some) for some in always.values()])
-            note("visual_consistency", np.array([all(some) for some in alike.values()]), rate, chance=round(float(share), 4))
+            note(f"{name}_consistency", np.array([all(some) for some in alike.values()]), rate, chance=round(float(share), 4))
 
 
 def sweep(evaluator, temperatures=TEMPERATURES, prompts=128, group=8):

@@ -786,7 +786,8 @@ def test_a_question_about_a_grid_is_answered_by_shifting_the_whole_grid():
         assert answer == (bool((seen & there).any()) if seen.any() else None), asked
         if steps:
             cells, *maps = np.array(steps.split()).reshape(-1, 3, 3)
-            assert len(maps) == max(len(shifted), 1) and (np.char.find(cells, f"{y}") >= 0).tolist() == np.char.endswith(cells, "-x").tolist()
+            assert len(maps) == max(len(shifted), 1)
+            assert ((np.char.find(cells, y) >= 0) == np.char.endswith(cells, "-x")).all()
             named = np.char.add(np.char.replace(cells, "-x", ""), np.where(seen, "-x", ""))
             assert (maps[-1] == np.where(there, named, "o")).all() and answer == ("-x" in "".join(maps[-1].flat))
             assert all(set(m.flat) <= {"x", "o"} for m in maps[:-1])

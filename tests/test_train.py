@@ -757,7 +757,8 @@ def test_a_run_with_all_tasks_learns_rewards_and_measures_each(tmp_path, handler
     result = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     for name in ("base", "aligned"):
         missing = [metric for group in result[name].values() for metric, cell in group.items() if cell is None]
-        assert missing == ["vqa_val", "visual_val", "visual_consistency", "multihop_val"]  # of SHAPES and NLVR alone
+        alone = ["vqa_val", "visual_val", "visual_consistency", "multihop_val", "multihop_consistency"]
+        assert missing == alone  # SHAPES and NLVR alone have them
     last = rows(folder)[-1]
     for task in train.GRPO_TASKS:
         assert {f"reward_{task}", f"kl_{task}", f"grad_{task}"} <= {k for k, v in last.items() if v}
