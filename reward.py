@@ -31,6 +31,7 @@ Symbols: N pictures, M texts or pairs, P patches, W words, D width of the shared
     $ python train.py --stage codebook,pretrain,clip --out runs/NAME      # trains it, prints (R5) by kind of statement; 4 minutes
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -120,19 +121,21 @@ def clip_loss(clip, pictures, ids, edited):
 def match_logprob(clip, vocab, pictures, texts, edits):
     """How surely does each picture show its text and not an edit of it? In [FLOOR, 0].
 
-    pictures (N, S, S, 3) uint8; texts: N strings; edits: N equally long lists of strings.
+    pictures (N, S, S, 3) uint8; texts: N strings; edits: N lists of strings, of which each counts once.
     N may be a multiple of len(texts): then each text has a group of consecutive pictures.
     """
     device, group = clip.place.device, len(pictures) // len(texts)
     row = {}  # the same texts come again and again: each is read once, beside others of about its length
-    which = [[row.setdefault(t, len(row)) for t in (text, *others)] for text, others in zip(texts, edits)]
+    which = [[row.setdefault(t, len(row)) for t in dict.fromkeys((text, *others))] for text, others in zip(texts, edits)]
+    which = torch.tensor(list(zip(*itertools.zip_longest(*which, fillvalue=-1))), device=device)  # (N, 1+E), -1: no edit
     ids = text_ids(vocab, row, device)
     length = (ids > PAD).sum(1)
     order = length.argsort()
     parts = [clip.text(ids[some, : length[some[-1]]]) for some in order.tensor_split(min(4, len(order)))]
     read = torch.cat([F.pad(x, (0, 0, 0, ids.shape[1] - x.shape[1])) for x in parts])[order.argsort()]
-    words = read[torch.tensor(which, device=device)].repeat_interleave(group, 0)  # (N, 1+E, W, D)
+    words = read[which].repeat_interleave(group, 0)  # (N, 1+E, W, D)
     logits = clip.log_scale.exp() * clip.similarity(clip.image(pictures), words, pairs="n")
+    logits = logits.masked_fill(which.repeat_interleave(group, 0) < 0, -torch.inf)
     return F.log_softmax(logits, -1)[:, 0].clamp(min=FLOOR)  # (R3)
 
 
@@ -340,16 +343,14 @@ def pair_report(model, vocab, pairs):
 
 
 def exact_match(text, key):
-    """1.0 if the answer, which is the last word of either text, is the same; else 0.0. A thought that does not end has none.
+    """1.0 if the answer, which is all that stands behind the thought if there is one, is the same; else 0.0.
 
     >>> exact_match("<think> red circle : top left </think> blue", "<think> whatever </think> blue")
     1.0
     >>> exact_match("<think> something blue", "<think> whatever </think> blue")
     0.0
     """
-    words = text.split()
-    unfinished = THINK in words and words[-2:-1] != [END_THINK]
-    return float(bool(words) and not unfinished and words[-1] == key.split()[-1])  # (R4)
+    return float(text.split(f"{END_THINK} ")[-1] == key.split(f"{END_THINK} ")[-1])  # (R4)
 
 
 def sentences_right(text, key):
@@ -360,6 +361,13 @@ def sentences_right(text, key):
     """
     said, keys = text.split(" . "), key.split(" . ")
     return sum(a == b for a, b in zip(said, keys)) / max(len(said), len(keys))  # (R10)
+
+
+def tells_all(text):
+    """False for a caption of a scene that leaves out the colour or the shape of an object: "a shape" has hardly any edits, so that
+    nothing would be surer."""
+    caption = parse_caption(text)
+    return caption is None or all(m.color and m.shape for m in caption.mentions)
 
 
 def well_formed(text):
@@ -403,13 +411,13 @@ class Rewards:
             parts = self._judge(pictures, texts, [source.negatives(rng, text, self.n_edits) for text in texts])
             parts = {name: value.view(-1, frames, group).mean(1) for name, value in parts.items()}
         elif task == "caption":
-            edits = [source.negatives(rng, text, self.n_caption_edits) for text in outputs]
-            good = torch.tensor([bool(e) for e in edits])  # a text that is no caption has no edits
+            edits = {text: source.negatives(rng, text, self.n_caption_edits) for text in dict.fromkeys(outputs) if tells_all(text)}
+            good = torch.tensor([bool(edits.get(text)) for text in outputs])  # a text that is no caption has no edits
             parts = {name: torch.full((len(outputs),), FLOOR) for name in self.parts[task]} | {"format": good.float()}
             if good.any():
                 keep = good.nonzero()[:, 0].tolist()
                 pictures = torch.stack([torch.as_tensor(examples[i // group].picture) for i in keep])
-                for name, score in self._judge(pictures, [outputs[i] for i in keep], [edits[i] for i in keep]).items():
+                for name, score in self._judge(pictures, [outputs[i] for i in keep], [edits[outputs[i]] for i in keep]).items():
                     parts[name][good] = score.float().cpu()
         else:
             keys = [e.answer for e in examples for _ in range(group)]

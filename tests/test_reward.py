@@ -175,6 +175,13 @@ def test_the_reward_is_the_log_share_of_the_caption_among_its_edits(clip, vocab,
         assert float(r[i]) == pytest.approx(math.log(e[0] / sum(e)), abs=1e-5)
 
 
+def test_an_edit_counts_once_and_texts_may_have_different_numbers_of_them(clip, vocab, pictures):
+    texts, edits = TEXTS[:2], [["a blue circle", "a red square", "a blue circle"], ["a big blue square"]]
+    together = match_logprob(clip, vocab, pictures[:2], texts, edits)
+    alone = [match_logprob(clip, vocab, pictures[i : i + 1], texts[i : i + 1], [sorted(set(edits[i]))]) for i in range(2)]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
 def test_the_reward_lies_between_the_floor_and_zero_however_sure_the_clip_is(vocab, pictures):
     torch.manual_seed(0)
     sure = CLIP(vocab.n_text, width=32, heads=2)
@@ -419,11 +426,11 @@ def test_calibration_tells_how_far_a_sure_model_is_off():
 
 
 @pytest.mark.parametrize("text, key, value", [
-    ("red", "red", 1), ("blue", "red", 0), ("", "red", 0), ("red blue", "red", 0), ("top-left", "left", 0),
+    ("red", "red", 1), ("blue", "red", 0), ("", "red", 0), ("red blue", "red", 0), ("blue red", "red", 0), ("top-left", "left", 0),
     ("<think> red circle : top left </think> blue", "<think> x </think> blue", 1),
     ("<think> blue </think> red", "<think> x </think> blue", 0), ("<think> blue", "<think> x </think> blue", 0),
     ("<think>", "<think> x </think> blue", 0), ("<think> red </think> blue blue", "<think> x </think> blue", 0)])  # fmt: skip
-def test_an_answer_is_right_if_its_last_word_is_and_its_thought_has_ended(text, key, value):
+def test_an_answer_is_right_if_it_is_all_that_stands_behind_a_thought_that_has_ended(text, key, value):
     assert exact_match(text, key) == value
 
 
@@ -556,6 +563,14 @@ def test_a_caption_is_compared_with_the_picture_that_it_was_asked_about(rewards,
     for i, picture in ((0, 0), (2, 1), (3, 1)):
         alone = match_logprob(clip, vocab, pictures[picture : picture + 1], [texts[i]], [edits[i]])
         assert float(found.flatten()[i]) == pytest.approx(float(alone), abs=1e-5)
+
+
+def test_a_caption_that_leaves_out_what_an_object_is_earns_nothing_and_equal_ones_earn_the_same(rewards, pictures):
+    some = [Example("caption", pictures[0], "", "")]
+    texts = ["a red circle", "a shape", "a red shape", "a circle", "a shape and a red circle", "a small shape", *["a red circle"] * 2]
+    found = rewards(World(), "caption", some, texts, random.Random(5))
+    assert (found["clip"][0] == FLOOR).tolist() == (found["format"][0] == 0).tolist() == [False] + [True] * 5 + [False] * 2
+    assert found["clip"][0, 0] == found["clip"][0, 6] == found["clip"][0, 7]
 
 
 def test_only_captions_that_the_reward_finds_likelier_than_their_edits_together_are_believed(clip, vocab):
