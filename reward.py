@@ -364,7 +364,7 @@ def sentences_right(text, key):
 
 
 def tells_all(text):
-    """False for a caption of a scene that leaves out the colour or the shape of an object: "a shape" has hardly any edits, so that
+    """False for a caption of a scene that leaves out the colour or the shape of an object: "a shape" has hardly any edits, so
     nothing would be surer."""
     caption = parse_caption(text)
     return caption is None or all(m.color and m.shape for m in caption.mentions)
@@ -413,12 +413,13 @@ class Rewards:
         elif task == "caption":
             edits = {text: source.negatives(rng, text, self.n_caption_edits) for text in dict.fromkeys(outputs) if tells_all(text)}
             good = torch.tensor([bool(edits.get(text)) for text in outputs])  # a text that is no caption has no edits
-            parts = {name: torch.full((len(outputs),), FLOOR) for name in self.parts[task]} | {"format": good.float()}
+            guess = -math.log(1 + self.n_caption_edits)  # among so many; what tells nothing, or is wrong, is worth no less
+            parts = {name: torch.full((len(outputs),), guess) for name in self.parts[task]} | {"format": good.float()}
             if good.any():
                 keep = good.nonzero()[:, 0].tolist()
                 pictures = torch.stack([torch.as_tensor(examples[i // group].picture) for i in keep])
                 for name, score in self._judge(pictures, [outputs[i] for i in keep], [edits[outputs[i]] for i in keep]).items():
-                    parts[name][good] = score.float().cpu()
+                    parts[name][good] = score.float().cpu().clamp(min=guess)
         else:
             keys = [e.answer for e in examples for _ in range(group)]
             right = sentences_right if task == "tell" else exact_match

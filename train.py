@@ -203,10 +203,10 @@ HURRIED = ("ask", "reason")  # those of them whose answers are vague or hasty in
 LONG = ("reason", "steps", "story", "tell", "plan")  # tasks that a batch of others had better not be padded to
 CAPTIONED = {"draw", "caption", "story", "plan"}  # tasks that need the reward of pictures with their captions
 OBJECTIVE_WEIGHT = 0.5  # of the contrastive and the masked-code loss beside the next-token loss
-GRPO_PROMPTS = {"draw": (1, 1), "caption": (0.5, 0.5), "ask": (4, 1), "reason": (1, 0.5), "hops": (2, 0.5), "steps": (0.5, 0.5),
+GRPO_PROMPTS = {"draw": (1, 1), "caption": (1, 0.5), "ask": (4, 1), "reason": (1, 0.5), "hops": (2, 0.5), "steps": (0.5, 0.5),
                 "story": (0.5, 0.5), "tell": (0.25, 0.25), "judge": (2, 0.5), "plan": (0.5, 0.5)}  # fmt: skip
-# prompts of each task, as shares of --prompts: sampled, and learned from. Of ten groups of answers seven have no spread, so
-# questions are sampled in plenty: an answer is one word
+# prompts of each task, as shares of --prompts: sampled, and learned from, the ones whose rewards differ most. Of ten groups of
+# answers seven have no spread, so questions are sampled in plenty: an answer is one word
 GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5, "hops": 0.5, "steps": 0.5, "story": 2.0, "tell": 0.5,
               "judge": 0.5, "plan": 2.0}  # fmt: skip
 # weight of each task's mean token loss: a picture's reward is spread over 16 tokens or 64, a short answer's over two, so the

@@ -52,6 +52,7 @@ from reward import (
 from train import make_optimizers, schedule
 
 TEXTS = ["a red circle", "a big blue square above a green triangle", "a red circle"]
+GUESS = torch.tensor(-math.log(33))  # of a caption among its 32 edits
 
 
 @pytest.fixture(scope="module")
@@ -545,13 +546,13 @@ def test_a_reward_stops_rising_where_it_is_sure_enough(rewards, pictures, monkey
     torch.testing.assert_close(found, torch.tensor([[-6.0, -1.0, math.log(0.5), math.log(0.5)]]))
 
 
-def test_a_malformed_caption_gets_the_floor_and_no_format_and_harms_no_other(rewards, pictures):
+def test_a_malformed_caption_is_worth_a_guess_and_no_format_and_harms_no_other(rewards, pictures):
     some = [Example("caption", picture, "", "a red circle") for picture in pictures[:2]]
     found = rewards(World(), "caption", some, ["a red circle", "a a", "", "a blue square"], random.Random(0))
     assert found["format"].tolist() == [[1, 0], [0, 1]]
-    assert (found["clip"] == FLOOR).tolist() == [[False, True], [True, False]]
+    assert (found["clip"] == GUESS).tolist() == [[False, True], [True, False]]
     nothing = rewards(World(), "caption", some, ["circle"] * 4, random.Random(0))
-    assert (nothing["clip"] == FLOOR).all() and (nothing["format"] == 0).all()
+    assert (nothing["clip"] == GUESS).all() and (nothing["format"] == 0).all()
 
 
 def test_a_caption_is_compared_with_the_picture_that_it_was_asked_about(rewards, clip, vocab, pictures):
@@ -565,11 +566,12 @@ def test_a_caption_is_compared_with_the_picture_that_it_was_asked_about(rewards,
         assert float(found.flatten()[i]) == pytest.approx(float(alone), abs=1e-5)
 
 
-def test_a_caption_that_leaves_out_what_an_object_is_earns_nothing_and_equal_ones_earn_the_same(rewards, pictures):
+def test_a_caption_that_leaves_out_what_an_object_is_is_worth_a_guess_and_equal_ones_earn_the_same(rewards, pictures):
     some = [Example("caption", pictures[0], "", "")]
     texts = ["a red circle", "a shape", "a red shape", "a circle", "a shape and a red circle", "a small shape", *["a red circle"] * 2]
     found = rewards(World(), "caption", some, texts, random.Random(5))
-    assert (found["clip"][0] == FLOOR).tolist() == (found["format"][0] == 0).tolist() == [False] + [True] * 5 + [False] * 2
+    assert (found["format"][0] == 0).tolist() == [False] + [True] * 5 + [False] * 2
+    assert (found["clip"][0, 1:6] == GUESS).all() and found["clip"].min() == GUESS
     assert found["clip"][0, 0] == found["clip"][0, 6] == found["clip"][0, 7]
 
 
@@ -608,12 +610,12 @@ def test_a_preference_model_adds_its_part_to_what_is_drawn_and_to_captions_alone
     torch.testing.assert_close(found, prefers.score(vocab, pictures[:4], TEXTS[:2]))
 
 
-def test_a_malformed_caption_gets_the_floor_of_the_preference_too(clip, prefers, vocab, pictures):
+def test_a_malformed_caption_gets_no_more_of_the_preference(clip, prefers, vocab, pictures):
     prefers.anchor.fill_(0.0)
     some = [Example("caption", picture, "", "") for picture in pictures[:2]]
     both = Rewards(clip, vocab, preference=prefers)
     found = both(World(), "caption", some, ["a red circle", "a a", "", "a blue square"], random.Random(0))["preference"]
-    assert found[0, 1] == found[1, 0] == FLOOR
+    assert found[0, 1] == found[1, 0] == GUESS
     torch.testing.assert_close(found[[0, 1], [0, 1]], prefers.score(vocab, pictures[:2], ["a red circle", "a blue square"]))
 
 
