@@ -547,7 +547,7 @@ def slots_of(row, slots):
     return {name: slots[name] for name in re.findall(r"{(\w)}", row.words)}
 
 
-def statement(rng, rows, slots, sample, closed=()):
+def sample_statement(rng, rows, slots, sample, closed=()):
     """(text, pictures, "true" or "false", row, marks of what it counts), true as likely as false for every sentence: the words
     alone tell nothing. sample(kind) -> pictures, as lists of objects; closed: texts that must not be made."""
     while True:
@@ -577,6 +577,9 @@ WORLD_ROWS = [  # no sentence names two kinds
 
 
 # ---------------------------------------------------------------- examples: one task, one picture, one prompt, one answer
+
+
+THINK, END_THINK = "<think>", "</think>"
 
 
 class Example(NamedTuple):
@@ -623,7 +626,7 @@ class World:
         if task == "judge":  # two or three pictures
             n = rng.choice((2, 3))
             some = lambda kind: [sample_scene(rng, pool, self.jitter) for _ in range(n)]  # noqa: E731
-            text, scenes, label, *_ = statement(rng, WORLD_ROWS, WORLD_SLOTS, some)
+            text, scenes, label, *_ = sample_statement(rng, WORLD_ROWS, WORLD_SLOTS, some)
             return Example(task, np.stack([render(scene) for scene in scenes]), text, label, scenes)
         scene = sample_scene(rng, pool, self.jitter, 2 if task == "reason" and pool == "paired" else None)
         picture = render(scene)
@@ -634,7 +637,7 @@ class World:
             asked, steps, answer = multihop_question(rng, scene)
             if noise and rng.random() < noise["hasty"]:
                 steps, answer = hasty(asked, steps, answer)
-            return Example(task, picture, asked, f"<think> {steps} </think> {answer}", scene)
+            return Example(task, picture, asked, f"{THINK} {steps} {END_THINK} {answer}", scene)
         caption = said = true_caption(rng, scene)
         while noise and (said is caption or task == "plan" and not in_pool(pool, [*said.kinds, *(o.kind for o in scene)])):
             said = noisy_caption(rng, caption, pool, noise)
@@ -650,7 +653,7 @@ class World:
             scene = sample_scene(rng, pool, self.jitter, 2 if hops == 2 else None)
             asked = hop_question(rng, scene, hops)
         question, steps, answer = asked
-        thought = f"<think> {steps if hops < 3 else ''} </think> ".replace("  ", " ") if task == "steps" else ""
+        thought = f"{THINK} {steps if hops < 3 else ''} {END_THINK} ".replace("  ", " ") if task == "steps" else ""
         return Example(task, render(scene), question, thought + answer, (scene, hops, steps))
 
     def texts(self, rng, n):
@@ -1198,7 +1201,7 @@ class NLVR(Asked):
     def make(self, rng):
         """A sentence about made boxes, and its steps: what is in each box, blocks from below and items from the left, with an x at
         those that count, and how many count there."""
-        text, boxes, label, row, marks = statement(rng, NLVR_ROWS, NLVR_SLOTS, lambda kind: sample_boxes(rng, kind), self.closed)
+        text, boxes, label, row, marks = sample_statement(rng, NLVR_ROWS, NLVR_SLOTS, lambda kind: sample_boxes(rng, kind), self.closed)
         steps = []
         for box, found in zip(boxes, marks):
             names = [o.color if row.kind == "towers" else f"{o.color}-{o.shape}" for o in box]
@@ -1238,9 +1241,8 @@ TEMPLATES = {  # after <bos> and the task's name; with a question mark: chosen. 
     "tell": "pictures <answer> answer?", "judge": "pictures prompt <answer> answer?",
     "plan": "prompt <answer> answer? picture?"}  # fmt: skip
 SPECIAL = ("<pad>", "<bos>", *(f"<{task}>" for task in TEMPLATES), "<image>", "<answer>",  # always given
-           "<eos>", "<think>", "</think>")  # these three can be chosen: text that is chosen starts at <eos>
+           "<eos>", THINK, END_THINK)  # these three can be chosen: text that is chosen starts at <eos>
 PAD, BOS, IMAGE, ANSWER, EOS = (SPECIAL.index(s) for s in ("<pad>", "<bos>", "<image>", "<answer>", "<eos>"))
-THINK, END_THINK = "<think>", "</think>"
 MAX_TEXT = {"caption": 18, "ask": 3, "reason": 31, "text": 18, "hops": 3, "steps": 28, "tell": 44, "judge": 3, "plan": 28}
 # tokens that a free text may have, <eos> included
 

@@ -7,13 +7,13 @@ It is no reward, and it chooses no checkpoint; temperatures are chosen on valida
 
   (E1) compose   = share of pictures with exactly the objects asked for and every statement true
   (E2) diversity = distinct correct pictures / correct pictures of a prompt, and the mean distance between two of them:
-                   the mean over pixels of |a - b| / 255
+                   the mean over pixels of |a - b| / 255; over prompts with at least two correct ones
   (E3) interval of a rate: Wilson, 95%      (E4) of a mean: mean +- 1.96 standard errors
   (E5) text NLL  = - sum of log-probs of held-out captions / their tokens, nats a token
   (E6) retrieval: PMI(c, x) = log p(c|x) - log mean_x' p(c|x'), by the model itself; is its own the first of 64 candidates?
                    Scenes one edit apart are among them; what is also true of the picture by its scene is not
   (E7) frechet   = |m - n|^2 + tr(C + D - 2 (C D)^(1/2)), means and covariances of real and of drawn pictures as the second
-                   CLIP sees them: 64 numbers a picture. It is not the FID of the Inception network
+                   CLIP sees them, --clip-width numbers a picture. It is not the FID of the Inception network
   (E8) story     = share of stories whose frames are all right and consistent: what no sentence changes is the same in the next
 
 A result on drawing is a *front*: quality against diversity over temperatures. One number at temperature 1 says little,
@@ -170,7 +170,8 @@ def statements(scene, caption):
 
 
 def holds(scene, caption):
-    """Is every statement of the caption true of the scene, with no object more or less?"""
+    """Is every statement of the caption true of the scene, with no object more or less? Worked out apart from Caption.holds of
+    the generator, so that the judge does not share its mistakes."""
     return all(ok for _, ok in statements(scene, caption))  # (E1)
 
 
@@ -515,7 +516,7 @@ def measure(evaluator, clip, n=1000):
         examples = e.examples(task, 2 * n, ("paired", "three"))
         texts, hops = e.outputs(examples, 0.0), np.array([x.truth[1] for x in examples])
         right = np.array([exact_match(text, x.answer) > 0 for text, x in zip(texts, examples)])
-        for k in (1, 2, 3):
+        for k in sorted(set(hops)):  # few items may not have all
             note(f"{task}_{k}", right[hops == k], rate)
         if task == "steps":
             worked = [text.startswith(f"<think> {x.truth[2]} </think>") for text, x in zip(texts, examples) if x.truth[1] == 3]
@@ -781,7 +782,7 @@ def report(folder):
         return "".join("<tr>" + "".join(f"<{cell}>{say(x)}</{cell}>" for x in line) + "</tr>" for line in lines)
 
     cells = [(m, *(result[name][group].get(m) for name in ("base", "aligned"))) for group in METRICS for m in METRICS[group]]
-    numbers = rows([("", "base", "aligned")], "th") + rows([(m, show(a), show(b)) for m, a, b in cells if a or b])
+    metrics = rows([("", "base", "aligned")], "th") + rows([(m, show(a), show(b)) for m, a, b in cells if a or b])
     facts = "\n".join(f"{k}: {meta[k]}" for k in ("command", "commit", "machine", "versions", "seconds"))
     path = folder / "samples" / "transcripts.txt"
     thoughts = f"<h2>Questions of three hops</h2><pre>{say(path.read_text(encoding='utf-8'))}</pre>" if path.is_file() else ""
@@ -791,7 +792,7 @@ def report(folder):
 <h2>Health</h2><ul>{"".join(map(check, health(folder))) or "<li>nothing was learned here</li>"}</ul>
 <h2>Before and after</h2><p class="facts">The same prompts and the same noise; green frames are right by the judge.</p>
 {picture("samples/before_after.png")}{stories}
-<h2>Test scenes</h2><div class="scroll"><table>{numbers}</table></div><details><summary>Fronts and notes</summary>
+<h2>Test scenes</h2><div class="scroll"><table>{metrics}</table></div><details><summary>Fronts and notes</summary>
 <div class="scroll"><pre class="wide">{say(tables(result))}</pre></div></details>
 {thoughts}<h2>Curves</h2>{picture("curves.png")}
 <h2>Run</h2><pre>{say(facts)}</pre>
@@ -925,8 +926,8 @@ def load_run(folder):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         entries = read_tensors(folder / "codebook.safetensors")["entries"]
         codebook = Codebook(entries, config["patch"])
-        numbers = ("jitter", "width", "layers", "heads", "clip_width", "seed", "eval_items", "eval_prompts")
-        for name, kind in {"data": str, "data_dir": str, "tasks": str, **dict.fromkeys(numbers, int)}.items():
+        whole = ("jitter", "width", "layers", "heads", "clip_width", "seed", "eval_items", "eval_prompts")
+        for name, kind in {"data": str, "data_dir": str, "tasks": str, **dict.fromkeys(whole, int)}.items():
             if not isinstance(config[name], kind):
                 raise ValueError(f"{name} in config.json is {config[name]!r}")
         return config, codebook, Vocabulary.load(folder, len(entries), codebook.side**2)
@@ -1098,7 +1099,8 @@ def give_up(program, error):
         error = f"out of memory ({error}); lower --batch, --prompts, --group-size or --width"
     elif not isinstance(error, (ValueError, OSError)):
         raise error
-    sys.exit(print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr) or 2)
+    print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def check_prompt(flag, text, vocab, most=64):

@@ -33,7 +33,7 @@ Conventions
 What differs from the paper: LVRPO's text fixes neither the std, the KL estimator nor the reduction. These are GRPO's,
 with its published variants to choose from.
 
-    $ python train.py --resume --out runs/NAME --stage grpo      # the loop around `rollout` and `rollout_loss`; 4 minutes
+    $ python train.py --base runs/NAME --stage grpo --out runs/NEW      # the loop around `rollout` and `rollout_loss`; 2 minutes
 """
 
 import time
@@ -203,7 +203,7 @@ def reduce_tokens(per_token: Tensor, mask: Tensor, reduction: str = "token", max
     (rows, width), valid = per_token.shape, mask > 0
     kept = torch.where(valid, at_least_float32(per_token), 0.0)
     if reduction == "sequence":
-        return (kept.sum(1) / valid.sum(1).clamp(min=1)).sum() / max(rows, 1)
+        return (kept.sum(1) / valid.sum(1).clamp(min=1)).sum() / max(rows, 1)  # (G9)
     count = valid.sum().clamp(min=1) if reduction == "token" else max(rows * (max_tokens or width), 1)
     return kept.sum() / count  # (G9)
 
@@ -310,7 +310,7 @@ def contrastive_loss(model: Transformer, vocab: Vocabulary, codes: Tensor, texts
 
     image = pooled(pictures, pictures.patch >= 0)
     text = pooled(words, (words.tokens >= EOS) & (words.tokens < vocab.n_text))
-    logits, ids = scale * image @ text.T, torch.tensor([texts.index(t) for t in texts], device=codes.device)
+    logits, ids = scale * matmul(image, text.T), torch.tensor([texts.index(t) for t in texts], device=codes.device)
     right = logits.masked_fill(ids[:, None] != ids, -torch.inf)
     return sum(0.5 * (logits.logsumexp(d) - right.logsumexp(d)).mean() for d in (0, 1))  # (G13)
 

@@ -49,7 +49,7 @@ def pick_device(name="auto"):
         raise ValueError(f"--device {name}: not available here; use one of auto, {', '.join(d for d, ok in there.items() if ok)}")
     device = name if name != "auto" else next(d for d, ok in there.items() if ok)
     reason = "as asked" if name != "auto" else "the fastest device found"
-    dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew, for long, for every new shape; ours are many
     return torch.device(device), dtype, f"{device} ({reason}), {str(dtype)[6:]} matrix products"
@@ -141,7 +141,7 @@ class Codebook:
         """(N, S, S, 3) uint8 -> codes (N, P) int64."""
         x = self.cut(pictures)
         entries = self.entries.to(x.device)
-        distance = entries.square().sum(1) - 2 * (x.reshape(-1, x.shape[-1]) @ entries.T)  # |x|^2 is the same for all k
+        distance = entries.square().sum(1) - 2 * matmul(x.reshape(-1, x.shape[-1]), entries.T)  # |x|^2 is the same for all k
         return distance.argmin(1).reshape(x.shape[:2])  # (M1)
 
     def decode(self, codes):
@@ -307,7 +307,8 @@ class Prompted:
     def __init__(self, model, batch, group=1, room=0, fixed=False):
         """room: how many tokens will be read after the prompt. fixed: `read` always works on all of the cache, on the same
         memory and with numbers that stand in tensors, so that a GPU can record it; else on the part that is filled."""
-        (start, width, _), share = first_choices(batch), lambda x: x.repeat_interleave(group, 0)
+        start, width, _ = first_choices(batch)
+        share = lambda x: x.repeat_interleave(group, 0)  # noqa: E731
         rows, self.columns = torch.arange(len(start), device=start.device), torch.arange(width + room, device=start.device)
         cache = model.new_cache(len(start), width)
         hidden = model(batch.tokens[:, :width].clamp(min=0), batch.patch[:, :width], cache=cache)
@@ -375,9 +376,12 @@ def sample(model, batch, vocab, generator=None, temperature=1.0, guidance=0.0, g
     if not temperature >= 0:
         raise ValueError(f"temperature must be 0 or more, not {temperature}")
     start, _, length = first_choices(batch)
-    share, device = lambda x: x.repeat_interleave(group, 0), batch.tokens.device
+    device = batch.tokens.device
     fixed = device.type == "cuda" if fixed is None else fixed
-    tail, lo, hi, patch = (share(tails(x, start, length, fill)) for x, fill in zip((batch.tokens, *batch[2:]), (PAD, 0, vocab.size, -1)))
+    share = lambda x: x.repeat_interleave(group, 0)  # noqa: E731
+    cut = lambda x, fill: share(tails(x, start, length, fill))  # noqa: E731
+    tail, patch = cut(batch.tokens, PAD), cut(batch.patch, -1)
+    lo, hi = cut(batch.lo, 0), cut(batch.hi, vocab.size)
     views = [batch]
     if guidance:  # the same templates, told nothing
         views.append(batch.blank(torch.ones_like(start, dtype=torch.bool)))

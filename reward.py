@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import COUNTS, END_THINK, FASHION_CLASSES, NOISE, PAD, THINK, Example, edits, in_pool, parse_caption, render, scene_edits
-from model import Block, RMSNorm, rotation
+from model import Block, RMSNorm, at_least_float32, rotation
 
 FLOOR = -6.0  # the learned rewards are cut here: a hopeless candidate is not worse than a bad one
 SURE = 0.5  # likelier than all its edits together is sure enough: for a reward to stop rising, for a noisy caption to be believed
@@ -86,7 +86,8 @@ class CLIP(nn.Module):
     def similarity(self, image, text, pairs="nm"):
         """image (N, P, D), text (M, W, D) -> (N, M); or, with pairs="n", text (N, M, W, D): its own M texts a picture."""
         equation = "npd,mwd->nmpw" if pairs == "nm" else "npd,nmwd->nmpw"
-        dots = torch.einsum(equation, image, text)
+        with torch.autocast(image.device.type, enabled=False):
+            dots = torch.einsum(equation, at_least_float32(image), at_least_float32(text))
         real = text.detach().abs().sum(-1) > 0  # (..., M, W)
         by_word = (dots.amax(-2) * real).sum(-1) / real.sum(-1).clamp(min=1)
         by_patch = dots.masked_fill(~real[..., None, :], -torch.inf).amax(-1).mean(-1)
@@ -401,7 +402,7 @@ class Rewards:
         self.weights = dict(weights or MIXES["rule" if preference is None else "mix"])
 
     def __call__(self, source, task, examples, outputs, rng):
-        """Rewards of B*G outputs for B examples: dict part -> (B, G). outputs: as of eval.decode. Plans and steps are not looked at."""
+        """Rewards of B*G outputs for B examples: dict part -> (B, G). outputs: as of model.decode. Plans and steps are not looked at."""
         group = len(outputs) // len(examples)
         if task in ("draw", "story", "plan"):
             texts = [text for e in examples for text in ([c.text() for c in e.truth.captions] if task == "story" else [e.prompt])]

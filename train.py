@@ -84,7 +84,7 @@ from grpo import (
     rollout_loss,
 )
 from kernels import fused_linear_grpo_loss, selected_logprobs
-from model import Codebook, ModelConfig, Transformer, atomically, pick_device, read_tensors, save_atomically
+from model import Codebook, ModelConfig, Transformer, atomically, decode, pick_device, read_tensors, save_atomically
 from reward import (
     CLIP,
     MIXES,
@@ -133,7 +133,7 @@ class Config:
     pretrain_steps: int = 1000  # next-token steps of the base
     batch: int = 64  # sequences a step
     lr: float = 4e-3  # peak learning rate: 30 steps up, flat, the last 40% down to 0
-    extra_steps: int = 0  # next-token methods: further steps; 0 means as many as fit the seconds of the base run's clip and grpo
+    extra_steps: int = 0  # next-token methods: further steps; 0 means as many as fit the base run's seconds of rewards and grpo
     fitting_steps: float = 0.0  # set by --base: how many plain next-token steps fit those seconds
     # reward
     clip_steps: int = 400  # for the reward's CLIP; the one that reports takes two fifths
@@ -231,7 +231,8 @@ def parse_flags(argv=None):
 
 
 def resumed(given):
-    """The Config of the run that goes on: only where and how to run it may be given anew. ValueError for any other change."""
+    """The Config of the run that goes on: only where and how to run it may be given anew, and which stages (all, if none is
+    given). ValueError for any other change."""
     path, here = Path(given.get("out") or make_config(**given).out) / "config.json", ("out", "resume", "stage", "device", "threads")
     if not path.exists():
         return make_config(**given)
@@ -245,7 +246,8 @@ def resumed(given):
         if getattr(config, name) != getattr(stored, name):
             flag = f"--{name.replace('_', '-')} {given[name]}"
             raise ValueError(f"{flag}: the run in {config.out} has {getattr(stored, name)}; leave it out to go on, or choose another --out")
-    return dataclasses.replace(stored, **{name: getattr(config, name) for name in here})
+    anew = {name: getattr(config, name) for name in here if name in given or name in ("out", "stage")}
+    return dataclasses.replace(stored, **anew)
 
 
 def make_config(**given):
@@ -348,6 +350,8 @@ def join(config):
         counts = [max(round(config.prompts * share), 1) for share in shares]
         if task in config.tasks.split(",") and any(n % WORLD for n in counts):
             raise ValueError(f"--prompts {config.prompts}: {WORLD} processes cannot share {counts[0]} prompts of {task}, {counts[1]} kept")
+    if config.batch < 8 * WORLD:
+        raise ValueError(f"--batch {config.batch}: fewer than 8 rows for each of {WORLD} processes")
     gpus = torch.cuda.is_available()
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -359,6 +363,8 @@ def join(config):
         if Path(config.out).is_dir():
             shutil.copytree(config.out, copy, dirs_exist_ok=True)
         config.out, sys.stdout = copy, open(os.devnull, "w", encoding="utf-8")
+    if int(os.environ.get("LOCAL_RANK", RANK)) == 0:  # one on each machine fetches what is missing
+        make_sources(config.data, config.data_dir, fetch_missing=config.download)
     torch.distributed.barrier()
 
 
@@ -553,9 +559,10 @@ class Trainer:
                                 f"{stage}: the loss or gradient was not finite {skipped} times, last at step {step}; start again "
                                 f"with a lower learning rate than {lr:g} and another --out")  # fmt: skip
                     row |= {"loss": loss, "grad_norm": total, "lr": lr * schedule(step, steps), "skipped": skipped, **norms}
-            row = {k: float(v) for k, v in row.items()}
-            if WORLD > 1:
-                row = dict(zip(row, over_processes(torch.tensor(list(row.values()))).tolist()))
+            row, signalled = {k: float(v) for k, v in row.items()}, self.interrupted
+            if WORLD > 1:  # one that is told to stop stops all
+                *values, signalled = over_processes(torch.tensor([*row.values(), float(signalled or 0)])).tolist()
+                row, signalled = dict(zip(row, values)), signal.SIGTERM if signalled else None
             seconds = {k: row.pop(k) for k in [k for k in row if k.startswith("seconds")]}
             row |= after(step, model) if after and not RANK else {}
             log.add("metrics", {"stage": stage, "step": step, **row})
@@ -563,12 +570,13 @@ class Trainer:
                                **({"operations": counter.get_total_flops()} if counted else {})})  # fmt: skip
             bar.set_postfix({k: f"{row[k]:.3g}" for k in ("loss", "reward_draw", "reward_ask", "kl_draw", "r1") if k in row}, refresh=False)
             counts = self.guard(stage, step, row, *counts)
-            if self.interrupted or (time.monotonic() - saved > SAVE_SECONDS and not counts[0]):
+            signalled = signalled or (self.interrupted if WORLD == 1 else None)
+            if signalled or (time.monotonic() - saved > SAVE_SECONDS and not counts[0]):
                 save_state(model, optimizers, [step + 1, skipped, *counts], path)
                 saved = time.monotonic()
-            if self.interrupted:
+            if signalled:
                 go_on = f"go on with: python train.py --resume --out {self.folder}"
-                raise Stopped(f"interrupted in {stage} at step {step + 1}; {go_on}", 128 + self.interrupted)
+                raise Stopped(f"interrupted in {stage} at step {step + 1}; {go_on}", 128 + signalled)
         self.learning = False
         return model
 
@@ -880,7 +888,7 @@ class Trainer:
             # only .target holds the picture, which nothing here reads
 
             def reward(filled, tokens):
-                outputs = evaluation.decode(self.vocab, self.codebook, task, filled, tokens)
+                outputs = decode(self.vocab, self.codebook, task, filled, tokens)
                 parts = rewards(source, task, examples, np.stack(outputs) if task in ("draw", "story") else outputs, rng)
                 return rewards.total(parts), parts
 
@@ -902,7 +910,8 @@ class Trainer:
                         loss, metrics = rollout_loss(policy, reference, r, loss_fn, advantages=given, **objective,
                                                      max_tokens=int((r.batch.tokens < 0).sum(1).max()))  # what the template has room for
                     n = r.mask.sum().float()  # a mean over tokens weighs a process by those it has
-                    parts[r.task] = GRPO_TASKS[r.task] * (n / over_processes(n) if c.reduction == "token" else 1) * loss
+                    by_tokens = c.reduction == "token" and not control
+                    parts[r.task] = GRPO_TASKS[r.task] * (n / over_processes(n) if by_tokens else 1) * loss
                     row |= {f"{k if k != 'kl' else 'k3'}_{r.task}": float(v) for k, v in metrics.items()}  # kl_TASK is exact, of look_back
                     for k, v in r.stats.items() if epoch == 0 else ():
                         row[k] = row.get(k, 0) + v  # tokens and seconds add up over the tasks
@@ -946,7 +955,8 @@ class Trainer:
                 return {}
             asked, row = evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, "val", self.config.seed), {}
             if not pools:
-                return {"val_right": float(asked.answers(source.tasks[0], 256).mean())}
+                asks = [task for task in source.tasks if task in QUESTIONS]
+                return {"val_right": float(asked.answers(asks[0], 256).mean())} if asks else {}
             for name, pool in zip(("val", "val_heldout"), pools):
                 front = asked.front(pool, (1.0,), prompts, group)[0]
                 row |= {f"{name}_{k}": v for k, v in front.items() if v is not None and k in ("compose", "diversity")}
@@ -1176,11 +1186,12 @@ def take_over(config, folder):
     kept = ("codebook.safetensors", "tokenizer.json", "words.json", "base.safetensors", "reward_validity.json")
     if any(CAPTIONED & set(tasks_of(SOURCES[name], config.tasks.split(","))) for name in config.data.split(",")):
         kept += ("clip.safetensors", "clip_report.safetensors")
-    kept += tuple(n for n in ("preference.safetensors", "preference_validity.json") if (base / n).is_file())
     for name in kept:
         if not (base / name).is_file():
             raise ValueError(f"--base {base}: {name} is not there; train it first with `python train.py --out {base}`")
     theirs = evaluation.load_run(base)[0]
+    if all(theirs.get(n) == getattr(config, n) for n in ("preference_steps", "pair_limit", "pairs")):
+        kept += tuple(n for n in ("preference.safetensors", "preference_validity.json") if (base / n).is_file())
     try:
         for path in (base / name for name in kept if name.endswith("safetensors")):
             read_tensors(path)
@@ -1195,6 +1206,8 @@ def take_over(config, folder):
             raise ValueError(f"--base {base}: its timing.csv does not tell what pretrain and grpo took; give --extra-steps")
         seconds = sum(spent.get(s, 0) for s in ("clip", "preference", "grpo"))
         config.fitting_steps = seconds / spent["pretrain"] * theirs["pretrain_steps"]
+    for name in ("pretrain_steps", "clip_steps", "clip_batch", "clip_edits", "clip_lr"):  # of stages that are taken over, not run
+        setattr(config, name, theirs[name])
     folder.mkdir(parents=True, exist_ok=True)
     for name in kept:
         shutil.copy(base / name, folder / name)
@@ -1249,6 +1262,7 @@ if __name__ == "__main__":
     try:
         main(parse_flags())
     except Stopped as stopped:
-        sys.exit(print(f"train.py: {stopped}", file=sys.stderr) or stopped.status)
+        print(f"train.py: {stopped}", file=sys.stderr)
+        sys.exit(stopped.status)
     except Exception as error:
         evaluation.give_up("train.py", error)

@@ -102,7 +102,7 @@ def write_nlvr(root, rows, split="dev", file="dev.json", pictures=(((255, 0, 0, 
 
 
 def every_sentence(rows, slots):
-    """All that `data.statement` can make of them: {text: holds}."""
+    """All that `data.sample_statement` can make of them: {text: holds}."""
     made = (data.counting_sentence(row, q, dict(zip(found, values)))
             for row in rows for found in [data.slots_of(row, slots)] for q in data.QUANTIFIERS
             for values in itertools.product(*(words.items() for words in found.values())))  # fmt: skip

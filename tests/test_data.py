@@ -744,12 +744,12 @@ def test_statements_about_two_or_three_pictures_are_true_or_false_as_they_say_an
 
 def test_the_same_sentence_is_as_often_true_as_false():
     rng, row = random.Random(0), data.Row("", "{c} square*", lambda o, x, c: o.kind == (c, "square"), True)
-    said = [data.statement(rng, [row], data.WORLD_SLOTS, lambda _: [data.sample_scene(rng)])[:3] for _ in range(800)]
+    said = [data.sample_statement(rng, [row], data.WORLD_SLOTS, lambda _: [data.sample_scene(rng)])[:3] for _ in range(800)]
     assert {text for text, *_ in said if text.startswith("there is no")} == {f"there is no {c} square" for c in COLORS}
     assert abs(np.mean([label == "true" for text, _, label in said if text.startswith("there is no")]) - 0.5) < 0.15
     closed = {f"there is a {c} square" for c in COLORS}
     assert closed & {text for text, *_ in said}
-    again = [data.statement(rng, [row], data.WORLD_SLOTS, lambda _: [data.sample_scene(rng)], closed) for _ in range(300)]
+    again = [data.sample_statement(rng, [row], data.WORLD_SLOTS, lambda _: [data.sample_scene(rng)], closed) for _ in range(300)]
     assert not closed & {text for text, *_ in again}
 
 

@@ -455,7 +455,7 @@ def rewards(clip, vocab):
 
 
 def reference(task, some, times):
-    """The reference outputs of some examples, `times` of each, as eval.decode gives them."""
+    """The reference outputs of some examples, `times` of each, as model.decode gives them."""
     repeated = [e for e in some for _ in range(times)]
     if task == "plan":
         return [(e.answer, e.picture) for e in repeated]

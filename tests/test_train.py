@@ -335,7 +335,10 @@ def test_resuming_takes_the_stored_configuration_and_only_place_and_device_from_
     copy = shutil.copytree(smoke, tmp_path / "moved")
     config = parse_flags(["--resume", "--out", str(copy), "--preset", "smoke", "--threads", "1", "--stage", "eval"])
     stored = stored_config(smoke)
-    assert config == dataclasses.replace(stored, out=str(copy), resume=True, threads=1, stage="eval", device="auto")
+    assert config == dataclasses.replace(stored, out=str(copy), resume=True, threads=1, stage="eval")
+    (copy / "config.json").write_text(json.dumps(dataclasses.asdict(dataclasses.replace(stored, threads=2, device="cpu"))))
+    config = parse_flags(["--resume", "--out", str(copy)])
+    assert (config.threads, config.device, config.stage) == (2, "cpu", "all")  # another number of threads sums in another order
     with pytest.raises(ValueError, match=r"--grpo-steps 9: the run in .* has 4; leave it out to go on"):
         parse_flags(["--resume", "--out", str(copy), "--grpo-steps", "9"])
 
@@ -669,6 +672,14 @@ def test_a_slower_objective_gets_fewer_steps_for_the_same_seconds(trainer, smoke
     assert trainer.slowness("unified", {}) == 1.0 and trainer.slowness("slow", slow, steps=2) > 2
 
 
+def test_processes_that_would_have_too_little_to_do_are_refused(monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 2)
+    with pytest.raises(ValueError, match="--batch 8: fewer than 8 rows for each of 2 processes"):
+        train.join(make_config(batch=8))
+    with pytest.raises(ValueError, match="--prompts 3: 2 processes cannot share 3 prompts of draw"):
+        train.join(make_config(prompts=3))
+
+
 DRIVER = """
 import sys, torch, data, grpo, train
 
@@ -705,7 +716,8 @@ def test_two_processes_take_the_step_that_one_takes_with_the_same_batch(tmp_path
     assert max(float((one[k] - base[k]).abs().max()) for k in base) > 1e-3
     assert max(float((one[k] - two[k]).abs().max()) for k in base) < 1e-5
     alone, both = (rows(tmp_path / name)[0] for name in launchers)  # one writer, of the means over both
-    assert all(float(alone[k]) == pytest.approx(float(both[k]), rel=1e-3, abs=1e-5) for k in alone if k != "stage")
+    near = lambda k: float(alone[k]) == pytest.approx(float(both[k]), rel=5e-3, abs=1e-5)  # noqa: E731  (a mean of two means over tokens)
+    assert {k: (alone[k], both[k]) for k in alone if k != "stage" and not near(k)} == {}
 
 
 def test_the_ledger_counts_clean_labels_and_all_operations(smoke):
