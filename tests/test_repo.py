@@ -176,6 +176,20 @@ def test_the_numbers_in_the_readme_are_those_of_the_results():
             assert cell == f"{found['mean']:.3f}" and len(found["seeds"]) == int(n), (metric, method)
 
 
+def test_the_tables_of_tasks_are_those_of_the_results():
+    results, means = ROOT / "results", {}
+    for text, folders in (("tasks/all.txt", "tasks/all*"), ("tasks/hops.txt", "tasks/hops*"), ("fashion_mnist/compare.txt", "fashion_mnist/*-*")):
+        compared = evaluation.compare(sorted(path for path in results.glob(folders) if path.is_dir()))
+        assert compared.strip() == (results / text).read_text(encoding="utf-8").strip()
+        for line in compared.splitlines()[1:]:
+            metric, lvrpo, unified, base, difference, _ = re.split("  +", line.strip())
+            means[text[:4], metric] = tuple(x.split(" ")[0] for x in (base, unified, lvrpo)) + (difference,)
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([^|]+) \|$", README, re.M)
+    assert len(rows) == 20
+    for metric, *cells in rows:
+        assert tuple(cells) in {means["task", metric], *(v for (_, m), v in means.items() if m == metric)}, metric
+
+
 def test_the_verdicts_in_the_readme_are_those_of_the_results():
     claims = json.loads((ROOT / "results" / "claims.json").read_text(encoding="utf-8"))["claims"]
     rows = re.findall(r"^\| [^|`]+ \| `(\w+)` \|(.*)\|$", README, re.M)
