@@ -134,7 +134,7 @@ for name, (_, history) in runs.items():
 # **Check.** Without a penalty the policy floods the picture: it found what was *counted*. The reward multiplies, the true
 # score falls to nothing, and nothing in the training curve looks wrong; it looks splendid. The KL penalty holds the policy
 # near the base, so it takes only the honest part of the reward (a big object has more red than a small one), and the true
-# score stays about where it was (each point is good to ±0.05). The peaks of the KL are k3's: it spikes when a token becomes
+# score keeps most of what it was (each point is good to ±0.05). The peaks of the KL are k3's: it spikes when a token becomes
 # very improbable.
 #
 # But the penalty cannot tell good changes from bad ones. It buys time; it does not mend a reward.
