@@ -12,7 +12,8 @@ edits ("a red circle" against "a red square", "a blue circle", ...)? Answers are
   (R3) r(x, c) = log [ exp(a s(x,c)) / sum_{c' in c + edits of c} exp(a s(x,c')) ]   the CLIP score, in [FLOOR, 0]
   (R4) r = 1 if the answer is the key, else 0                          exact match
   (R5) agreement = share of (right, wrong) pairs in a group that the reward puts in order     validity, before and after RL
-  (R9) min(r, log SURE)                                                the CLIP reward of drawings and captions
+  (R9) min(r, log SURE)                                                the CLIP reward of drawings and captions; a caption's is
+                  never less than a guess among its edits, which is also what a text that is no whole caption earns
   (R10) r = right sentences / sentences                                a story told; one drawn: the mean over its frames of their rewards
 
 Why (R9) and not s itself: among correct candidates s and (R3) still differ a little, for no reason that matters, and a

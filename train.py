@@ -363,8 +363,8 @@ def join(config):
         if Path(config.out).is_dir():
             shutil.copytree(config.out, copy, dirs_exist_ok=True)
         config.out, sys.stdout = copy, open(os.devnull, "w", encoding="utf-8")
-    if int(os.environ.get("LOCAL_RANK", RANK)) == 0:  # one on each machine fetches what is missing
-        make_sources(config.data, config.data_dir, fetch_missing=config.download)
+    if config.download and int(os.environ.get("LOCAL_RANK", RANK)) == 0:  # one on each machine
+        make_sources(config.data, config.data_dir, fetch_missing=True)
     torch.distributed.barrier()
 
 
@@ -559,10 +559,10 @@ class Trainer:
                                 f"{stage}: the loss or gradient was not finite {skipped} times, last at step {step}; start again "
                                 f"with a lower learning rate than {lr:g} and another --out")  # fmt: skip
                     row |= {"loss": loss, "grad_norm": total, "lr": lr * schedule(step, steps), "skipped": skipped, **norms}
-            row, signalled = {k: float(v) for k, v in row.items()}, self.interrupted
+            row = {k: float(v) for k, v in row.items()}
             if WORLD > 1:  # one that is told to stop stops all
-                *values, signalled = over_processes(torch.tensor([*row.values(), float(signalled or 0)])).tolist()
-                row, signalled = dict(zip(row, values)), signal.SIGTERM if signalled else None
+                *values, told = over_processes(torch.tensor([*row.values(), float(self.interrupted or 0)])).tolist()
+                row = dict(zip(row, values))
             seconds = {k: row.pop(k) for k in [k for k in row if k.startswith("seconds")]}
             row |= after(step, model) if after and not RANK else {}
             log.add("metrics", {"stage": stage, "step": step, **row})
@@ -570,7 +570,7 @@ class Trainer:
                                **({"operations": counter.get_total_flops()} if counted else {})})  # fmt: skip
             bar.set_postfix({k: f"{row[k]:.3g}" for k in ("loss", "reward_draw", "reward_ask", "kl_draw", "r1") if k in row}, refresh=False)
             counts = self.guard(stage, step, row, *counts)
-            signalled = signalled or (self.interrupted if WORLD == 1 else None)
+            signalled = self.interrupted if WORLD == 1 else told and signal.SIGTERM
             if signalled or (time.monotonic() - saved > SAVE_SECONDS and not counts[0]):
                 save_state(model, optimizers, [step + 1, skipped, *counts], path)
                 saved = time.monotonic()
