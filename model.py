@@ -353,6 +353,7 @@ def recorded(step, device):
     calls, graph = itertools.count(), torch.cuda.CUDAGraph()
 
     def call():
+        """Do the step: by itself at first, then by launching what was recorded."""
         number = next(calls)
         if number == 0:
             return step()  # what happens once only, such as choosing algorithms, happens here
@@ -393,14 +394,15 @@ def sample(model, batch, vocab, generator=None, temperature=1.0, guidance=0.0, g
     column = lambda x: x.index_select(1, t)  # (N, 1): what a table has for this step  # noqa: E731
 
     def choose():
+        """The next token, from the states that predict it; what the template gives stays."""
         logits = [matmul(state, head) for state in states]
         logits = logits[0] if not guidance else (1 + guidance) * logits[0] - guidance * logits[1]  # (M7)
         logits.masked_fill_((ids < column(lo)) | (ids >= column(hi)), -torch.inf)
         if temperature:
-            logits = torch.softmax(logits / temperature, -1) / noise.log_().neg_()  # (M5) (M6)
+            logits = torch.softmax(logits / temperature, -1) / noise.log_().neg_()  # (M5)
         chosen = column(free)
         ended.logical_and_(chosen)  # a given token starts a new span
-        token = logits.argmax(-1, keepdim=True).masked_fill(ended, PAD)
+        token = logits.argmax(-1, keepdim=True).masked_fill(ended, PAD)  # (M6)
         tail.index_copy_(1, t, torch.where(chosen, token, column(tail)))
 
     def step():
