@@ -75,6 +75,14 @@ def minus_group_mean(rewards: Tensor) -> Tensor:
     return shifted - shifted.mean(1, keepdim=True)
 
 
+def scaled_advantages(rewards: Tensor, scale: str, eps: float = 1e-4) -> Tensor:
+    """group_advantages of rewards that were checked: without a question to the device, so that it can be compiled."""
+    if scale == "none":
+        return minus_group_mean(rewards)
+    std = rewards.std(1, keepdim=True) if scale == "group" else rewards.std()
+    return minus_group_mean(rewards) / (std + eps)  # (G1)
+
+
 def group_advantages(rewards: Tensor, scale: str = "group", eps: float = 1e-4) -> Tensor:
     """Reward minus the mean of its group, over a std. (B,G) -> (B,G), no gradient. Source: arXiv:2402.03300.
 
@@ -87,11 +95,7 @@ def group_advantages(rewards: Tensor, scale: str = "group", eps: float = 1e-4) -
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     check_choice("scale", scale, ("group", "batch", "none"))
-    rewards = checked_rewards(rewards)
-    if scale == "none":
-        return minus_group_mean(rewards)
-    std = rewards.std(1, keepdim=True) if scale == "group" else rewards.std()
-    return minus_group_mean(rewards) / (std + eps)  # (G1)
+    return scaled_advantages(checked_rewards(rewards), scale, eps)
 
 
 def pairwise_advantages(rewards: Tensor, temperature: float = 1.0) -> Tensor:

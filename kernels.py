@@ -5,25 +5,25 @@ So logits, softmax, loss and gradients are computed for one chunk of tokens, and
 Invalid tokens, and ids that no token of the batch may choose, are left out of the matrix products altogether.
 
 For a chunk of m valid tokens, hidden H (m,C), output matrix W (V,C), chosen ids y (m,):
-(K1) Z = log_softmax(H W^T / temperature), ids outside [lo, hi) left out        (m,V), the only large tensor
-(K2) logprob_i = Z[i, y_i]
+(K1) E = exp(Z - max Z), Z = H W^T / temperature, ids outside [lo, hi) left out      (m,V), the only large tensor
+(K2) logprob_i = Z[i, y_i] - max Z_i - log sum E_i
 (K3) g_i = dL / dlogprob_i, where L is grpo_loss: the objective stands once, in grpo.py
-(K4) D = softmax - onehot(y): exp(Z), except D[i, y_i] = exp(logprob_i) - 1     dlogprob/dlogits = -D / temperature
+(K4) D = softmax - onehot(y): E_i / sum E_i, except D[i, y_i] = exp(logprob_i) - 1    dlogprob/dlogits = -D / temperature
 (K5) dL/dH = s D W,  s_i = -g_i / temperature
 (K6) dL/dW = sum over chunks of D^T (s H)
 
 Symbols: N sequences, T tokens, C width, V vocabulary; M valid tokens in the batch, m in a chunk.
 
 Memory at the size of an LLM (N=16, T=1024, C=4096, V=128256, bf16), which has 2.1e9 logits: autograd's backward pass
-holds three float32 numbers for each (log-softmax, its gradient, the logits' gradient), 25.2 GB. Here a chunk of 2.7e8
-logits holds two (logits, log-softmax), 2.1 GB; dL/dW and one chunk's share of it are 2 * 4 V C = 4.2 GB, dL/dH
-4 N T C = 0.3 GB. Of these 6.6 GB only the last grows with the batch.
+holds three float32 numbers for each (log-softmax, its gradient, the logits' gradient), 25.2 GB. Here a chunk of 2.6e8
+logits holds Z and D, in float32 and bf16, 1.6 GB (and E, 1.1 GB, where nothing is compiled). dL/dW is 4 V C = 2.1 GB, a
+product is added to it in place; dL/dH is 4 N T C = 0.3 GB. Of these 4.0 GB only the last grows with the batch.
 
 The gradients are computed in the forward pass, as in Liger Kernel (arXiv:2410.10989): (K3) of a token depends on that
 token alone, so its logits are needed once. With level="sequence" the ratio needs the whole sequence: if there is more
 than one chunk, a first pass computes the log-probs.
 
-    python kernels.py --device cpu|cuda    # errors against float64 autograd, then time and memory; on a CPU 15 s
+    python kernels.py --device cpu|cuda    # errors against float64 autograd, then time and memory; on a CPU 40 s, half of it compiling
 """
 
 import argparse
@@ -43,33 +43,51 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo import check_shape, group_advantages, grpo_loss
-from model import at_least_float32, matmul
+from grpo import check_choice, check_shape, checked_rewards, group_advantages, grpo_loss, scaled_advantages
+from model import add_matmul, at_least_float32, matmul
 
-CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**26}  # of float32 logits
+CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**23}  # of float32 logits: on a GPU few large products, on a CPU what its caches hold
 
-# ---------------------------------------------------------------- one chunk
+# ---------------------------------------------------------------- what is compiled on a GPU: one kernel, not one per operation
 
 
-def log_softmax_rows(logits: Tensor, lo: Tensor | None, hi: Tensor | None, temperature: float) -> Tensor:
-    """(m,V) logits -> (m,V) log-probs of the ids lo <= id < hi, -inf elsewhere."""
+def softmax_parts(logits: Tensor, tokens: Tensor, lo: Tensor | None, hi: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
+    """(m,V) logits -> E = exp(logits - their maximum) of the ids lo <= id < hi, 0 elsewhere; the sums of its rows, (m,1); and
+    the (m,1) log-probs of the chosen ids."""
     if temperature != 1:
         logits = logits / temperature
     if lo is not None:
         ids = torch.arange(logits.shape[1], device=logits.device)
         logits = logits.masked_fill((ids < lo[:, None]) | (ids >= hi[:, None]), -torch.inf)
-    return torch.log_softmax(logits, 1)  # (K1)
+    logits = logits - logits.amax(1, keepdim=True)  # not in place: a compiled function would have to write its input back
+    chosen = logits.gather(1, tokens[:, None])
+    odds = logits.exp_()  # (K1)
+    total = odds.sum(1, keepdim=True)
+    return odds, total, chosen - total.log()  # (K2)
 
 
-def softmax_minus_onehot(logs: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """(m,V) log-probs -> minus the derivative of the chosen log-prob by its logits, rounded once, at the end."""
-    chosen = torch.expm1(logs.gather(1, tokens[:, None]))
-    return logs.exp().to(dtype).scatter_(1, tokens[:, None], chosen.to(dtype))  # (K4)
+def chosen_logprobs(logits: Tensor, tokens: Tensor, *restrictions) -> Tensor:
+    """(m,V) logits -> the (m,) log-probs of the chosen ids."""
+    return softmax_parts(logits, tokens, *restrictions)[2][:, 0]
+
+
+def softmax_minus_onehot(logits: Tensor, tokens: Tensor, dtype: torch.dtype, *restrictions) -> tuple[Tensor, Tensor]:
+    """(m,V) logits -> D (m,V), minus the derivative of the chosen log-prob by the logits over the temperature, rounded once, at
+    the end; and the (m,) log-probs."""
+    odds, total, logprobs = softmax_parts(logits, tokens, *restrictions)
+    return odds.div_(total).to(dtype).scatter_(1, tokens[:, None], torch.expm1(logprobs).to(dtype)), logprobs[:, 0]  # (K4)
+
+
+def advantages_and_loss(logprobs, old_logprobs, ref_logprobs, advantages, rewards, mask, scale, **objective):
+    """grpo_loss, with the advantages given or made of `rewards` here. Everything stands once, in grpo.py."""
+    if rewards is not None:
+        advantages = scaled_advantages(rewards, scale).flatten()
+    return grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, **objective)
 
 
 @functools.cache
 def compiled(function):
-    """One GPU kernel in place of one per operation; dynamic, since the number of valid tokens differs in every step."""
+    """Dynamic, since the number of valid tokens differs in every step."""
     return torch.compile(function, dynamic=True)
 
 
@@ -78,6 +96,9 @@ def can_compile(device: torch.device) -> bool:
     has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
     has_headers = os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None and has_compiler and has_headers
+
+
+# ---------------------------------------------------------------- one chunk
 
 
 @dataclass
@@ -99,53 +120,59 @@ class Choice:
     def slices(self) -> list[slice]:
         return [slice(i, i + self.chunk) for i in range(0, max(len(self.tokens), 1), self.chunk)]
 
-    def logs(self, hidden: Tensor, weight: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        """Of one chunk, the (m,V) log-probs of all ids and the (m,) log-probs of the chosen ones."""
-        chosen = self.rows(part)
-        function = compiled(log_softmax_rows) if self.compile else log_softmax_rows
-        logs = function(matmul(hidden[part].to(self.dtype), weight.T), chosen.lo, chosen.hi, self.temperature)
-        return logs, logs.gather(1, chosen.tokens[:, None]).squeeze(1)  # (K2)
+    def run(self, function, *arguments, **options):
+        """function(...), compiled where that is asked for."""
+        return (compiled(function) if self.compile else function)(*arguments, **options)
 
-    def gradients(self, logs: Tensor, hidden: Tensor, weight: Tensor, part: slice, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Of one chunk, dL/dhidden (m,C) and its share of dL/dweight (V,C), from g = dL/dlogprob (m,)."""
-        function = compiled(softmax_minus_onehot) if self.compile else softmax_minus_onehot
-        difference = function(logs, self.tokens[part], self.dtype)
-        scale = -g[:, None] / self.temperature
-        dhidden = matmul(difference, weight) * scale  # (K5)
-        return dhidden, matmul(difference.T, (hidden[part] * scale).to(self.dtype))  # (K6)
+    def logprobs(self, hidden: Tensor, weight: Tensor, part: slice) -> Tensor:
+        """Of one chunk, the (m,) log-probs."""
+        c, logits = self.rows(part), matmul(hidden[part].to(self.dtype), weight.T)
+        return self.run(chosen_logprobs, logits, c.tokens, c.lo, c.hi, self.temperature)
+
+    def difference(self, hidden: Tensor, weight: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        """Of one chunk, D (m,V) and the (m,) log-probs."""
+        c, logits = self.rows(part), matmul(hidden[part].to(self.dtype), weight.T)
+        return self.run(softmax_minus_onehot, logits, c.tokens, self.dtype, c.lo, c.hi, self.temperature)
+
+    def add_gradients(self, dhidden, dweight, difference, g, hidden, weight, part) -> None:
+        """Of one chunk, into dL/dhidden (M,C) and dL/dweight (V,C), from D (m,V) and g = dL/dlogprob (M,)."""
+        scale = -g[part, None] / self.temperature
+        dhidden[part] = matmul(difference, weight) * scale  # (K5)
+        add_matmul(dweight, difference.T, (hidden[part] * scale).to(self.dtype))  # (K6)
 
 
 # ---------------------------------------------------------------- autograd
 
 
 class SelectedLogprobs(torch.autograd.Function):
-    """(M,C), (V,C) -> (M,) log-probs. (K1) of a single chunk is kept for the backward pass, else computed anew."""
+    """(M,C), (V,C) -> (M,) log-probs. D of a single chunk is kept for the backward pass, else computed anew."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, choice: Choice) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, choice: Choice, learns: bool):
         """(K1) and (K2), chunk by chunk."""
-        ctx.choice, cast, logprobs = choice, weight.to(choice.dtype), []
-        for part in choice.slices():
-            logs, chosen = choice.logs(hidden, cast, part)
-            logprobs.append(chosen)
-        ctx.save_for_backward(hidden, weight, logs if len(logprobs) == 1 else None)
-        return torch.cat(logprobs)
+        ctx.choice, cast, parts, kept = choice, weight.to(choice.dtype), choice.slices(), None
+        if learns and len(parts) == 1:
+            kept, logprobs = choice.difference(hidden, cast, parts[0])
+        else:
+            logprobs = torch.cat([choice.logprobs(hidden, cast, part) for part in parts])
+        ctx.save_for_backward(hidden, weight, kept)
+        return logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor):
         """(K4) to (K6), chunk by chunk; g (M,) is the gradient of the log-probs."""
         (hidden, weight, kept), choice = ctx.saved_tensors, ctx.choice
-        cast = weight.to(choice.dtype)
-        dhidden, dweight = torch.zeros_like(hidden, dtype=g.dtype), torch.zeros_like(weight, dtype=g.dtype)
+        cast, dweight = weight.to(choice.dtype), torch.zeros_like(weight, dtype=g.dtype)
         used = g.nonzero().squeeze(1)
+        everything = torch.zeros_like(hidden)
         if len(used) < len(g):  # a position that the caller masked out has g = 0, and may hold nan
             g, hidden, choice, kept = g[used], hidden[used], choice.rows(used), None
+        dhidden = torch.zeros_like(hidden, dtype=g.dtype)
         for part in choice.slices():
-            logs = choice.logs(hidden, cast, part)[0] if kept is None else kept
-            dhidden[used[part]], share = choice.gradients(logs, hidden, cast, part, g[part])
-            dweight += share
-        return dhidden.to(hidden.dtype), dweight.to(weight.dtype), None
+            difference = choice.difference(hidden, cast, part)[0] if kept is None else kept
+            choice.add_gradients(dhidden, dweight, difference, g, hidden, cast, part)
+        return everything.index_copy_(0, used, dhidden.to(hidden.dtype)), dweight.to(weight.dtype), None, None
 
 
 class FusedLoss(torch.autograd.Function):
@@ -159,17 +186,16 @@ class FusedLoss(torch.autograd.Function):
         logprobs = dhidden.new_zeros(len(hidden))
         if whole_sequences and len(parts) > 1:
             for part in parts:
-                logprobs[part] = choice.logs(hidden, cast, part)[1]
+                logprobs[part] = choice.logprobs(hidden, cast, part)
         for part in parts:
-            logs, logprobs[part] = choice.logs(hidden, cast, part)
+            difference, logprobs[part] = choice.difference(hidden, cast, part)
             # Log-probs of later chunks are still 0 here. A token's gradient does not depend on them, and in the last
             # chunk, whose loss and metrics are the ones returned, there are none.
             leaf = logprobs.detach().requires_grad_()
             with torch.enable_grad():
                 loss, metrics = loss_of(leaf)
                 (g,) = torch.autograd.grad(loss, leaf)  # (K3)
-            dhidden[part], share = choice.gradients(logs, hidden, cast, part, g[part])
-            dweight += share
+            choice.add_gradients(dhidden, dweight, difference, g, hidden, cast, part)
         ctx.save_for_backward(dhidden, dweight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss.detach(), metrics
@@ -177,8 +203,9 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, scale: Tensor, _):
-        """The gradients that forward kept, times the gradient of the loss."""
-        dhidden, dweight = (x.mul(scale).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        """The gradients that forward kept, times the gradient of the loss; rounded after that."""
+        saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        dhidden, dweight = (torch.mul(x, scale, out=torch.empty_like(x, dtype=dtype)) for x, dtype in saved)
         return dhidden, dweight, None, None, None
 
 
@@ -201,20 +228,26 @@ def prepare(hidden, weight, tokens, temperature, lo, hi, chunk_tokens, compile) 
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: expected a number > 0")
-    size, first, last = len(weight), 0, len(weight)
+    size, same = len(weight), lo is None and hi is None
     lo = torch.zeros_like(tokens) if lo is None else lo.reshape(-1).clamp(0, size)
     hi = torch.full_like(tokens, size) if hi is None else hi.reshape(-1).clamp(0, size)
-    legal = (tokens >= lo) & (tokens < hi)
-    if legal.any():
-        first, last = int(lo[legal].min()), int(hi[legal].max())
-    same = bool(((lo == first) & (hi == last)).all())
+    legal, first, last = (tokens >= lo) & (tokens < hi), 0, size
+    if not same and len(tokens):
+        low, high = torch.where(legal, lo, size), torch.where(legal, hi, 0)
+        alike = (~legal | (lo == low.min()) & (hi == high.max())).all()
+        *ends, same = torch.stack((low.min(), high.max(), alike.long())).tolist()  # one question to the device, not three
+        first, last = ends if ends[0] < ends[1] else (first, last)  # not if no token is legal
     lo, hi = (None, None) if same else (lo - first, hi - first)
-    budget = CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"]
-    chunk = chunk_tokens or max(1, budget // (4 * (last - first)))
+    chunk = chunk_tokens or max(1, CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"] // (4 * (last - first)))
+    chunk = math.ceil(len(tokens) / max(1, math.ceil(len(tokens) / chunk))) or 1  # all of about the same size
     compile = can_compile(hidden.device) if compile is None else compile
     tokens = torch.where(legal, tokens - first, 0)
     choice = Choice(tokens, lo, hi, float(temperature), factor_dtype(hidden, weight), chunk, compile)
-    return weight[first:last], choice, legal
+    return weight if (first, last) == (0, size) else weight[first:last], choice, legal
+
+
+def gets_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def check_inputs(hidden: Tensor, weight: Tensor, tokens: Tensor, lo: Tensor | None, hi: Tensor | None) -> None:
@@ -243,7 +276,7 @@ def selected_logprobs(
     flat = hidden.reshape(-1, hidden.shape[2])
     ids = tokens.reshape(-1).long()
     weight, choice, legal = prepare(flat, weight, ids, temperature, lo, hi, chunk_tokens, compile)
-    logprobs = SelectedLogprobs.apply(flat, weight, choice)
+    logprobs = SelectedLogprobs.apply(flat, weight, choice, gets_gradient(flat, weight))
     return torch.where(legal, logprobs, -torch.inf).view(tokens.shape)
 
 
@@ -272,7 +305,8 @@ def fused_linear_grpo_loss(
     if rewards is not None:
         if rewards.numel() != len(tokens):
             raise ValueError(f"rewards has shape {tuple(rewards.shape)}, expected (B, G) with B*G = {len(tokens)}")
-        advantages = group_advantages(rewards, scale).flatten()
+        check_choice("scale", scale, ("group", "batch", "none"))
+        rewards = checked_rewards(rewards)
     rows = (mask > 0).flatten().nonzero().squeeze(1)
 
     def valid_rows(x: Tensor | None) -> Tensor | None:  # no other row enters a product, where nan times 0 would be nan
@@ -280,18 +314,18 @@ def fused_linear_grpo_loss(
 
     def loss_of(logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         everywhere = logprobs.new_zeros(mask.numel()).index_copy(0, rows, logprobs).view(mask.shape)
-        return grpo_loss(
-            everywhere, old_logprobs, ref_logprobs, advantages, mask, clip_low=clip_low, clip_high=clip_high,
-            kl_coef=kl_coef, reduction=reduction, level=level, max_tokens=max_tokens,
+        return choice.run(
+            advantages_and_loss, everywhere, old_logprobs, ref_logprobs, advantages, rewards, mask, scale, clip_low=clip_low,
+            clip_high=clip_high, kl_coef=kl_coef, reduction=reduction, level=level, max_tokens=max_tokens,
         )
 
     hidden, ids, lo, hi = valid_rows(hidden), valid_rows(tokens).long(), valid_rows(lo), valid_rows(hi)
     weight, choice, legal = prepare(hidden, weight, ids, temperature, lo, hi, chunk_tokens, compile)
     if not legal.all():
         raise ValueError(f"tokens: {int((~legal).sum())} of {len(ids)} valid ids lie outside their range [lo, hi)")
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+    if gets_gradient(hidden, weight):
         return FusedLoss.apply(hidden, weight, choice, loss_of, level == "sequence")
-    return loss_of(SelectedLogprobs.apply(hidden, weight, choice))
+    return loss_of(SelectedLogprobs.apply(hidden, weight, choice, False))
 
 
 # ---------------------------------------------------------------- python kernels.py: is it right, what does it save?
@@ -348,7 +382,7 @@ def largest_error(got, expected) -> float:
     return torch.stack(errors).max().item()  # unlike Python's max, nan if any is
 
 
-def errors_of(dtype, device, reduction, level, with_ref, ranged, chunk) -> tuple[float, float]:
+def errors_of(dtype, device, reduction, level, with_ref, ranged, chunk, compile=False) -> tuple[float, float]:
     """The largest errors of selected_logprobs and of the fused loss (given rewards) against autograd in float64."""
     inputs, ranges = random_batch(8, 33, 64, 300, dtype, device, 0.8, ranged)
     rewards = torch.randn(2, 4, device=device)
@@ -356,64 +390,122 @@ def errors_of(dtype, device, reduction, level, with_ref, ranged, chunk) -> tuple
     options = dict(reduction=reduction, level=level, temperature=0.8, clip_high=0.3, **ranges)
     exact = [x if x is None or x.dtype == torch.long else x.double() for x in cleaned(inputs)]
     expected = loss_and_gradients(functools.partial(composed_loss, plain_logprobs), *exact, **options)
-    select = functools.partial(selected_logprobs, chunk_tokens=chunk)
-    composed = loss_and_gradients(functools.partial(composed_loss, select), *inputs, **options)
+    how = dict(chunk_tokens=chunk, compile=compile)
+    composed = loss_and_gradients(functools.partial(composed_loss, functools.partial(selected_logprobs, **how)), *inputs, **options)
     inputs[5] = None
-    fused = loss_and_gradients(fused_linear_grpo_loss, *inputs, rewards=rewards, chunk_tokens=chunk, **options)
+    fused = loss_and_gradients(fused_linear_grpo_loss, *inputs, rewards=rewards, **how, **options)
     return largest_error(composed, expected), largest_error(fused, expected)
 
 
 def check(device: str) -> bool:
-    """Both public functions over all their options; prints the largest errors, returns whether they are small."""
-    options = ["token", "sequence", "constant"], ["token", "sequence"], [True, False], [True, False], [None, 37]
+    """Both public functions over all their options, and compiled over a few; prints the largest errors, returns whether they are small."""
+    every = list(itertools.product(["token", "sequence", "constant"], ["token", "sequence"], [True, False], [True, False], [None, 37]))
+    few = [("token", "token", True, False, None), ("sequence", "sequence", False, True, 37), ("constant", "token", True, True, 37)]
     print(f"{'largest error':20}{'selected_logprobs':>20}{'fused loss':>14}{'allowed':>12}")
     passed = True
     for dtype, allowed in {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}.items():
-        errors = [errors_of(dtype, device, *option) for option in itertools.product(*options)]
-        selected, fused = torch.tensor(errors).amax(0).tolist()
-        print(f"{str(dtype).removeprefix('torch.'):20}{selected:20.1e}{fused:14.1e}{allowed:12.0e}")
-        passed = passed and selected < allowed and fused < allowed  # a nan is not
+        for compile in (False, True)[: 1 + can_compile(torch.device(device))]:
+            found = []
+            for option in few if compile else every:
+                torch._dynamo.reset()  # or the many variants would end in none of them being compiled
+                found.append(errors_of(dtype, device, *option, compile))
+            selected, fused = torch.tensor(found).amax(0).tolist()
+            name = str(dtype).removeprefix("torch.") + ", compiled" * compile
+            print(f"{name:20}{selected:20.1e}{fused:14.1e}{allowed:12.0e}")
+            passed = passed and selected < allowed and fused < allowed  # a nan is not
     return passed
 
 
-def time_and_peak(function, device: str, repeats: int = 9) -> tuple[float, float]:
-    """Median milliseconds, and the GPU memory in GB on top of what was there before."""
-    times, before = [], torch.cuda.memory_allocated() if device == "cuda" else 0
-    for i in range(repeats + 2):
+def milliseconds(function, device: str) -> float:
+    if device == "cpu":
         start = time.perf_counter()
         function()
+        return 1000 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def compare(functions: dict, device: str, repeats: int = 15) -> dict[str, tuple[float, float]]:
+    """{name: function} -> {name: (median milliseconds, GB on a GPU on top of what was there before)}. They take turns, since a
+    machine is not equally fast at all times. What does not fit the memory has nan and infinity."""
+    times, peaks = {name: [] for name in functions}, dict.fromkeys(functions, math.nan)
+    for _ in range(repeats + 2):  # the first two are warm-up
+        for name, function in functions.items():
+            if peaks[name] == math.inf:
+                continue
+            before = torch.cuda.memory_allocated() if device == "cuda" else 0
+            try:
+                if device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                times[name].append(milliseconds(function, device))
+                if device == "cuda":
+                    peaks[name] = (torch.cuda.max_memory_allocated() - before) / 1e9
+            except torch.cuda.OutOfMemoryError:
+                times[name], peaks[name] = [math.nan], math.inf
+                torch.cuda.empty_cache()
+    return {name: (statistics.median(spent[2:] or spent), peaks[name]) for name, spent in times.items()}
+
+
+def paths(device: str, width: int) -> dict:
+    """{name: function with the arguments of fused_linear_grpo_loss}: ours, and what else there is. Liger Kernel (pip install
+    liger-kernel) is timed where it is installed: its chunked loss, and its Triton kernel, which takes all logits."""
+    plain = functools.partial(composed_loss, plain_logprobs)
+    found = {"plain": plain}
+    if can_compile(torch.device(device)) or (device == "cpu" and shutil.which("g++")):
+        found["plain, compiled"] = torch.compile(plain)
+    found["ours"] = fused_linear_grpo_loss
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        chunked = LigerFusedLinearGRPOLoss(beta=0.02, loss_type="dapo", max_completion_length=width)
+        found["Liger, chunked"] = lambda hidden, weight, tokens, old, ref, advantages, mask: chunked(
+            hidden, weight, tokens, mask, advantages, ref_per_token_logps=ref, old_per_token_logps=old)  # fmt: skip
         if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - start))
-        if device == "cuda" and i == 1:  # the first two are warm-up
-            torch.cuda.reset_peak_memory_stats()
-    peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else math.nan
-    return statistics.median(times[2:]), peak / 1e9
+            from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+            found["Liger, Triton"] = lambda hidden, weight, tokens, old, ref, advantages, mask: triton_grpo_loss(
+                torch.nn.functional.pad(hidden, (0, 0, 0, 1)) @ weight.T,  # it leaves the last position out
+                old, ref, tokens, advantages, mask, temperature=1.0, beta=0.02, eps_high=0.2, reduce=True)  # fmt: skip
+    return found
 
 
-def benchmark(device: str) -> None:
-    """Forward and backward over full masks and all ids: autograd on all logits against the fused loss."""
-    sizes = {
+def three_products(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The matrix products that no way to this loss can do without: the roofline."""
+    hidden = hidden.flatten(0, 1)
+    logits = hidden @ weight.T
+    return (logits @ weight).sum() + (logits.T @ hidden).sum()
+
+
+SIZES = {  # name: N, T, C, V and the dtype of hidden states and matrix
+    "cpu": {"ours / 8": (64, 64, 384, 1500, torch.float32)},
+    "cuda": {
         "ours": (512, 64, 384, 1500, torch.float32),
         "middle": (64, 512, 1024, 32000, torch.bfloat16),
         "LLM": (16, 1024, 4096, 128256, torch.bfloat16),
-    }
-    if device == "cpu":
-        sizes = {"ours / 8": (64, *sizes["ours"][1:])}
-    paths = {"plain": functools.partial(composed_loss, plain_logprobs), "fused": fused_linear_grpo_loss}
-    print(f"\n{'size':10}{'N':>4}{'T':>6}{'C':>6}{'V':>8}  path {'ms':>10}  peak, GB  float32 logits at a time, MB")
+    },
+}
+
+
+def benchmark(device: str, sizes: dict | None = None) -> None:
+    """Forward and backward over full masks and all ids, in turns; all must agree on the loss."""
+    sizes = sizes or SIZES[device]
+    print(f"\n{'size':10}{'N':>4}{'T':>6}{'C':>6}{'V':>8}  {'path':16}{'ms':>9}{'peak, GB':>10}{'of roofline':>13}{'loss':>12}")
     for name, (rows, width, channels, size, dtype) in sizes.items():
-        inputs = cleaned(random_batch(rows, width, channels, size, dtype, device)[0])
-        inputs[3:] = [torch.zeros_like(x) for x in inputs[3:5]] + [inputs[5], torch.ones_like(inputs[6])]
-        for path, function in paths.items():
-            try:
-                ms, peak = time_and_peak(functools.partial(loss_and_gradients, function, *inputs), device)
-            except torch.cuda.OutOfMemoryError:
-                ms, peak = math.nan, math.inf
-            held = 4 * rows * width * size if path == "plain" else min(CHUNK_BYTES[device], 4 * rows * width * size)
-            memory = f"{peak:10.2f}" if device == "cuda" else "       n/a"
+        torch._dynamo.reset()
+        inputs = cleaned(random_batch(rows, width, channels, size, dtype, device, ranged=False)[0])
+        inputs[6] = torch.ones_like(inputs[6])
+        inputs[3] = selected_logprobs(*inputs[:3])
+        inputs[4] = inputs[3] + 0.1 * torch.randn_like(inputs[3])
+        runs = {path: functools.partial(loss_and_gradients, f, *inputs) for path, f in paths(device, width).items()}
+        found = compare({"three products": functools.partial(three_products, *inputs[:2])} | runs, device)
+        for path, (ms, peak) in found.items():
+            loss = f"{runs[path]()[0]:12.6f}" if path in runs and math.isfinite(ms) else ""
             shape = f"{name:10}{rows:4}{width:6}{channels:6}{size:8}"
-            print(f"{shape}  {path}{ms:10.1f}{memory}{held / 1e6:12.0f} (computed)")
+            print(f"{shape}  {path:16}{ms:9.1f}{peak:10.2f}{found['three products'][0] / ms:13.0%}{loss}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

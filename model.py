@@ -68,6 +68,14 @@ def matmul(a, b):
         return at_least_float32(a) @ at_least_float32(b)
 
 
+def add_matmul(total, a, b):
+    """total += matmul(a, b) without a second tensor of that size. No gradient."""
+    if a.dtype == torch.bfloat16 and a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(at_least_float32(a), at_least_float32(b))
+
+
 # ---------------------------------------------------------------- files that are whole or not there
 
 

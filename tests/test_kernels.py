@@ -3,6 +3,7 @@
 import doctest
 import functools
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -216,6 +217,32 @@ def test_no_tensor_of_all_logits_is_made():
     assert largest.entries == 400
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler: torch.compile makes C++ of what it makes GPU kernels of on CUDA")
+def test_the_compiled_path_equals_the_plain_one():
+    torch._dynamo.reset()
+    for seed, (name, ranged, chunk) in enumerate([("token", True, 4), ("sequence", False, None)]):
+        inputs, ranges = batch(seed)
+        options = dict(level=name, reduction=name, temperature=1.3) | (ranges if ranged else {})
+        rewards = torch.randn(2, 3, dtype=F64)
+        inputs[5] = group_advantages(rewards).flatten()
+        expected = loss_and_gradients(PLAIN, *cleaned(inputs), **options)
+        inputs[5] = None
+        compiled = dict(rewards=rewards, chunk_tokens=chunk, compile=True)
+        assert largest_error(loss_and_gradients(fused_linear_grpo_loss, *inputs, **compiled, **options), expected) < 1e-12
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs >= 3 and not torch._dynamo.utils.counters["graph_break"]  # advantages, objective and reduction are one graph
+
+
+def test_the_benchmark_times_every_path_on_the_same_loss(capsys, monkeypatch):
+    monkeypatch.setattr(kernels, "paths", lambda device, width: {"plain": PLAIN, "ours": fused_linear_grpo_loss})
+    torch.manual_seed(0)
+    kernels.benchmark("cpu", {"tiny": (4, 5, 6, 17, torch.float32)})
+    head, *rows = capsys.readouterr().out.strip().split("\n")
+    assert [row.split()[5] for row in rows] == ["three", "plain", "ours"] and "of roofline" in head
+    losses = [row.split()[-1] for row in rows[1:]]
+    assert losses[0] == losses[1] and float(losses[0]) != 0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: bf16 products with float32 results")
 def test_cuda_passes_its_own_check(capsys):
     assert kernels.check("cuda")
@@ -224,9 +251,9 @@ def test_cuda_passes_its_own_check(capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: peak memory is measured there")
 def test_cuda_peak_memory_is_below_that_of_the_plain_path():
     inputs = cleaned(batch(rows=64, width=256, channels=64, size=60_000, dtype=torch.bfloat16, device="cuda")[0])
-    run = [functools.partial(loss_and_gradients, f, *inputs) for f in (PLAIN, fused_linear_grpo_loss)]
-    plain, fused = (kernels.time_and_peak(function, "cuda", 1)[1] for function in run)
-    assert fused < plain / 2
+    run = {name: functools.partial(loss_and_gradients, f, *inputs) for name, f in (("plain", PLAIN), ("fused", fused_linear_grpo_loss))}
+    found = kernels.compare(run, "cuda", 1)
+    assert found["fused"][1] < found["plain"][1] / 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -262,7 +289,8 @@ def test_the_check_sees_a_gradient_that_is_wrong_or_nan(monkeypatch):
     assert max(kernels.errors_of(F64, "cpu", "token", "token", True, True, None)) < 1e-10
     exact = kernels.softmax_minus_onehot
     for factor in (1.01, torch.nan):
-        monkeypatch.setattr(kernels, "softmax_minus_onehot", lambda *a, factor=factor: factor * exact(*a))
+        wrong = lambda *a, factor=factor: (factor * exact(*a)[0], exact(*a)[1])
+        monkeypatch.setattr(kernels, "softmax_minus_onehot", wrong)
         assert not any(error < 1e-3 for error in kernels.errors_of(F64, "cpu", "token", "token", True, True, None))
 
 
