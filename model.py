@@ -195,17 +195,18 @@ class RMSNorm(nn.Module):
 
 
 def rotation(positions, width):
-    """Positions (L,), or (N, L) where rows differ -> cosines and sines of their angles, each (..., 1, L, width/2)."""
+    """Positions (L,), or (N, L) where rows differ -> what `rotate` multiplies x and swapped x by, each (..., 1, L, width)."""
     half = width // 2
     frequency = 100.0 ** (-torch.arange(half, device=positions.device) / half)  # sequences are short: 100, not 10,000
     angle = (positions[..., None] * frequency).unsqueeze(-3)  # the same for all heads
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x, turn):
-    """Rotary embedding of x (..., N, H, L, D) by a rotation of width D."""
-    (a, b), (cos, sin) = x.chunk(2, -1), turn
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)  # (M4)
+    """Rotary embedding of x (..., N, H, L, D), whose halves are a and b, by a rotation of width D."""
+    cos, sin = turn
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)  # (M4)
 
 
 class Block(nn.Module):
@@ -222,9 +223,9 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x, turn=None, causal=True, mask=None, cache=None, at=slice(None)):
-        """x (N, L, C), its queries and keys turned by a `rotation`. mask: bool, broadcast to (N, H, L, keys), the keys that
-        may be looked at; it replaces `causal`. cache: (keys, values), each (N, H, keys, D): written at the columns `at`, a
-        slice or a tensor (L,), and then read whole."""
+        """x (N, L, C), its queries and keys turned by a `rotation`. mask, broadcast to (N, H, L, keys): the keys that may be looked
+        at, as bool, or as 0 for those and -inf for the others; it replaces `causal`. cache: (keys, values), each (N, H, keys, D):
+        written at the columns `at`, a slice or a tensor (L,), and then read whole."""
         n, length, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         # queries and keys of equal length: attention logits are bounded and cannot blow up at high learning rates
@@ -271,8 +272,8 @@ class Transformer(nn.Module):
     def forward(self, tokens, patch, positions=None, cache=None, at=slice(None), mask=None):
         """positions: (L,) or (N, L), 0 to L-1 if None; cache, at and mask: see Block."""
         x = self.embed(tokens)
-        place = self.row(patch.clamp(min=0) // self.config.side) + self.column(patch.clamp(min=0) % self.config.side)
-        x = x + place * (patch >= 0).unsqueeze(-1)
+        places = (self.row.weight[:, None] + self.column.weight).flatten(0, 1)  # (P, C)
+        x = x + F.embedding(patch % (len(places) + 1), F.pad(places, (0, 0, 0, 1)))  # -1 is the last row, of zeros
         positions = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
         turn = rotation(positions, self.config.width // self.config.heads)
         for i, block in enumerate(self.blocks):
@@ -334,7 +335,8 @@ class Prompted:
         at, end = (self.filled + step, None) if self.fixed else (slice(self.filled, self.filled + len(step)), self.filled + len(step))
         if real is not None:
             self.seen.index_copy_(1, self.filled + step, real)
-        mask = self.seen[:, None, None, :end] & (self.columns[:end] <= self.filled + step[:, None])
+        looks = self.seen[:, None, None, :end] & (self.columns[:end] <= self.filled + step[:, None])
+        mask = torch.zeros_like(looks, dtype=self.model.compute_dtype).masked_fill_(~looks, -torch.inf)  # once, not in every layer
         positions = self.position[:, None] + (step if real is None else real.cumsum(1) - 1)
         hidden = self.model(tokens, patch, positions, [tuple(x[:, :, :end] for x in layer) for layer in self.cache], at, mask)
         self.position.copy_(positions[:, -1] + 1)

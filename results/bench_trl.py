@@ -7,6 +7,9 @@ Where TRL is not installed, ours is timed alone.
 
   floor   operations of all matrix products over the rate of a large matrix product, measured in the same run. It counts a prompt
           once for all its candidates, a sampled token once, and three times the forward pass for each update
+  limit   of sampling: the tokens a second at which either its matrix products or its reading of weights and cache, at the
+          rates of a large product and of a large copy measured in the same run, would fill the time
+  naive   the loop that everybody writes first: the whole sequence is read again for every token, by every candidate
 
     $ pip install trl transformers pillow matplotlib      # in an environment of its own; not needed by anything else here
     $ python results/bench_trl.py --threads 2      # or --device cuda
@@ -44,7 +47,7 @@ def lower(device):
 
 
 def ours(prompts, device):
-    """A function that takes one step of ours; and one that samples alone, returning how many tokens it made."""
+    """A function that takes one step of ours; and two that sample alone, ours and the naive one, returning how many tokens they made."""
     torch.manual_seed(0)
     policy, reference = (Transformer(ModelConfig(VOCAB, 1, WIDTH, LAYERS, 4)).to(device) for _ in range(2))
     reference.load_state_dict(policy.state_dict())
@@ -76,7 +79,18 @@ def ours(prompts, device):
         with lower(device):
             return int((sample(policy, batch(), Words, generator, group=GROUP)[:, PROMPT:] != PAD).sum())
 
-    return step, generate
+    @torch.no_grad()
+    def naive():
+        b = batch().repeat(GROUP)
+        tokens = b.tokens
+        for at in range(PROMPT, PROMPT + NEW):
+            with lower(device):
+                logits = policy(tokens[:, :at], b.patch[:, :at])[:, -1].float() @ policy.head.T.float()
+            logits[:, :EOS] = -torch.inf
+            tokens[:, at] = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        return tokens[:, PROMPT:].numel()
+
+    return step, generate, naive
 
 
 def theirs(steps, prompts, device):
@@ -143,17 +157,33 @@ def seconds(function, times):
     return found[2:], result
 
 
-def floor(prompts, device):
-    """Operations of a step's matrix products, and the operations a second of a large one."""
-    per_token = 2 * 12 * WIDTH**2 * LAYERS
-    head, sequences = 2 * WIDTH * VOCAB, prompts * GROUP
-    read = prompts * PROMPT * per_token + sequences * (NEW - 1) * per_token  # a prompt once, then what was chosen
-    chosen = sequences * NEW * head
+def rates(device):
+    """Operations a second of a large matrix product, and bytes a second of a large copy."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    large = torch.empty(2**27, device=device)
+    there = torch.empty_like(large)
+    return 2 * size**3 / min(seconds(lambda: a @ a, 10)[0]), 2 * 4 * 2**27 / min(seconds(lambda: there.copy_(large), 10)[0])
+
+
+PER_TOKEN, HEAD = 2 * 12 * WIDTH**2 * LAYERS, 2 * WIDTH * VOCAB  # operations of matrix products
+
+
+def floor(prompts):
+    """Operations of a step's matrix products."""
+    sequences = prompts * GROUP
+    read = prompts * PROMPT * PER_TOKEN + sequences * (NEW - 1) * PER_TOKEN  # a prompt once, then what was chosen
+    chosen = sequences * NEW * HEAD
     sampling, reference, update = read + chosen, read + chosen, 3 * (read + chosen)
-    size = 8192 if device == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    best = min(seconds(lambda: a @ a, 10)[0])
-    return sampling + reference + UPDATES * update, 2 * size**3 / best
+    return sampling + reference + UPDATES * update
+
+
+def limit(prompts, device, rate, bandwidth):
+    """Tokens a second that sampling cannot pass."""
+    n, size = prompts * GROUP, 2 if device == "cuda" else 4
+    cache = n * (PROMPT + NEW / 2) * 2 * WIDTH * LAYERS
+    weights = (PER_TOKEN + HEAD) / 2
+    return n / max(n * (PER_TOKEN + HEAD) / rate, size * (cache + weights) / bandwidth)
 
 
 def main():
@@ -165,19 +195,24 @@ def main():
     torch.set_num_threads(args.threads)
     device = pick_device(args.device)[0].type
     prompts = 64 if device == "cuda" else 16
-    operations, rate = floor(prompts, device)
-    step, sampler = ours(prompts, device)
-    mine, samplers = statistics.median(seconds(step, args.steps)[0]), {"sample()": sampler}
+    rate, bandwidth = rates(device)
+    operations, most = floor(prompts), limit(prompts, device, rate, bandwidth)
+    step, sampler, naive = ours(prompts, device)
+    mine, samplers = statistics.median(seconds(step, args.steps)[0]), {"sample()": sampler, "naive": naive}
     print(f"floor   {operations / 1e9:.1f} GFLOP at {rate / 1e9:,.0f} GFLOP/s: {operations / rate:.3g} s")
     print(f"ours    {mine:.3f} s a step: {operations / rate / mine:.1%} of the rate of a large matrix product")
     if importlib.util.find_spec("trl"):
         other, samplers["generate()"] = theirs(args.steps + 1, prompts, device)
         print(f"TRL     {statistics.median(other):.3f} s a step: {statistics.median(other) / mine:.2f} times as long")
-    rates = {}
-    for name, function in samplers.items():
-        spent, tokens = seconds(function, 8)
-        rates[name] = tokens / statistics.median(spent)
-        print(f"{name:10} {rates[name]:,.0f} tokens a second, {rates['sample()'] / rates[name]:.2f} times as many by sample()")
+    print(f"limit of sampling: {most:,.0f} tokens a second")
+    spent = {name: [] for name in samplers}
+    for _ in range(8):  # in turns: a machine is not equally fast at all times
+        for name, function in samplers.items():
+            times, tokens = seconds(function, 1)
+            spent[name].append(times[0] / tokens)
+    made = {name: 1 / statistics.median(times) for name, times in spent.items()}
+    for name, tokens in made.items():
+        print(f"{name:10} {tokens:,.0f} tokens a second, {tokens / most:.1%} of the limit; sample() makes {made['sample()'] / tokens:.2f} times as many")
 
 
 if __name__ == "__main__":
