@@ -70,7 +70,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import eval as evaluation
-from data import NOISE, PAD, SOURCES, SPECIAL, Vocabulary, make_sources, pictures_of, tasks_of
+from data import NOISE, PAD, SOURCES, SPECIAL, Batch, Vocabulary, make_sources, pictures_of, tasks_of
 from grpo import (
     best_and_worst,
     combine_rewards,
@@ -487,6 +487,26 @@ def newest_state(model, optimizers, path):
     return None
 
 
+class Made(torch.utils.data.Dataset):
+    """What `make(step)` gives, as a data set whose items are steps."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __getitem__(self, step):
+        return self.make(step)
+
+
+def ahead(make, steps, workers):
+    """make(step) for the steps in order; with workers, made by as many other processes while this one learns from those before.
+    It may depend on nothing but the step, and gives numbers, texts and arrays, which come through a pipe."""
+    if not workers:
+        return map(make, steps)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the fork
+    return iter(torch.utils.data.DataLoader(Made(make), None, sampler=steps, num_workers=workers, collate_fn=lambda made: made,
+                                            multiprocessing_context="fork", generator=torch.Generator()))  # fmt: skip
+
+
 class Trainer:
     """What all stages share: configuration, device, data, run directory."""
 
@@ -501,6 +521,9 @@ class Trainer:
         self.sources = make_sources(config.data, config.data_dir, config.jitter, config.download, config.tasks.split(","))
         self.captioned = [s for s in self.sources if CAPTIONED & set(s.tasks)]  # the key rewards the others
         self.interrupted, self.learning = None, False
+        # a GPU takes a batch faster than one CPU core makes it; on a CPU all cores learn
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
+        self.workers = max(0, min(8, cores)) if self.device.type == "cuda" and sys.platform == "linux" else 0
 
     def save_config(self):
         """config.json: every setting, and what else a second run needs to give the same numbers."""
@@ -525,9 +548,10 @@ class Trainer:
         """bfloat16 matrix products on a GPU that has them, else nothing."""
         return contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
-    def optimise(self, stage, model, steps, lr, losses, after=None):
+    def optimise(self, stage, model, steps, lr, losses, after=None, make=None):
         """Train `model` for `steps`. losses(step) yields {name: loss} once for every optimizer update, after it filled a
-        dict of metrics that it yields beside it. `after(step)` may look at the model. Resumes, logs, guards, saves."""
+        dict of metrics that it yields beside it; with `make` it is losses(step, make(step)), made `ahead`. `after(step)` may look at
+        the model. Resumes, logs, guards, saves."""
         optimizers, path = make_optimizers(model, lr), self.folder / f"state_{stage}.safetensors"
         progress = newest_state(model, optimizers, path)
         first, skipped, *counts = progress or (0, 0, 0, 0)
@@ -536,7 +560,7 @@ class Trainer:
         log, saved = Log(self.folder, stage, first), time.monotonic()
         pace = 1 if sys.stderr.isatty() else 15  # seconds between two states of the bar; a log file wants few
         bar = tqdm(range(first, steps), initial=first, total=steps, desc=f"{stage:9}", mininterval=pace, ncols=110, disable=RANK > 0)
-        self.learning = True
+        self.learning, made = True, ahead(make, range(first, steps), self.workers) if make else None
         for step in bar:
             start = time.perf_counter()
             for optimizer in optimizers:
@@ -545,7 +569,7 @@ class Trainer:
             counted = step == min(first + 1, steps - 1) and self.device.type == "cpu"  # one step's matrix products, for the ledger
             counter = FlopCounterMode(display=False) if counted else contextlib.nullcontext()
             with counter:
-                for parts, row in losses(step):
+                for parts, row in losses(step, *([next(made)] if make else [])):
                     norms = self.backward(model, parts)
                     total = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
                     loss = float(over_processes(sum(x.detach() for x in parts.values())))
@@ -668,23 +692,35 @@ class Trainer:
             rows = [*kept, *(row for row in rows if row[2])] or rows
         return rows
 
-    def codes(self, examples):
-        """The codes of all their pictures, worked out on the device: a thousand distances for every patch."""
-        return self.codebook.encode(torch.as_tensor(pictures_of(examples), device=self.device))
+    def codes(self, pictures):
+        """The codes of pictures (M, S, S, 3), worked out on the device: a thousand distances for every patch."""
+        return self.codebook.encode(torch.as_tensor(pictures, device=self.device))
 
-    def batches(self, rows):
-        """The rows of `pretraining_rows` as Batches, the LONG tasks each apart: padding is work for nothing."""
+    def packed(self, rows):
+        """The rows of `pretraining_rows` as templates, the LONG tasks each apart: padding is work for nothing. For each part all
+        of a Batch in one array, (5, N, L) int32, in which code k is that of the k-th patch of the part's pictures; and these."""
+        parts = []
         for task in (None, *LONG):
             part = [(e, alone) for _, e, alone in rows if (e.task if e.task in LONG else None) == task]
             if part:
                 examples, alone = zip(*part)
-                batch = self.vocab.batch(examples, self.codes(examples), self.device).trim()
-                yield batch.blank(torch.tensor(alone, device=self.device))
+                pictures = pictures_of(examples)
+                patches = torch.arange(len(pictures) * self.vocab.n_patches).view(len(pictures), -1)
+                batch = self.vocab.batch(examples, patches).trim().blank(torch.tensor(alone))
+                parts.append((torch.stack(batch).int().numpy(), pictures))
+        return parts
 
-    def next_token_loss(self, model, rows):
-        """Weighted mean negative log-likelihood of all chosen tokens of `pretraining_rows`, and how many they are."""
+    def batches(self, parts):
+        """What `packed` made, as Batches on the device, with the codes of the pictures."""
+        for array, pictures in parts:
+            batch = Batch(*torch.from_numpy(array).to(self.device).long())
+            ids = torch.cat((torch.arange(self.vocab.n_text, device=self.device), self.codes(pictures).flatten() + self.vocab.n_text))
+            yield batch._replace(tokens=torch.where(batch.tokens < 0, -1, ids[batch.tokens]), target=ids[batch.target])
+
+    def next_token_loss(self, model, parts):
+        """Weighted mean negative log-likelihood of all chosen tokens of what `packed` made, and how many they are."""
         total, weights, count = 0.0, 0.0, 0
-        for batch in self.batches(own_share(rows)):
+        for batch in self.batches(parts):
             mask = batch.mask[:, 1:]
             weight = self.token_weight[batch.tokens[:, 1]][:, None].expand(mask.shape)[mask]  # the second token names the task
             with self.autocast():
@@ -694,31 +730,37 @@ class Trainer:
             total, weights, count = total - weight @ logprobs[0], weights + weight.sum(), count + len(weight)
         return total / over_processes(weights), count * WORLD  # (T2)
 
-    def next_token_losses(self, stage, model, labelled=False, objective=None, words=True):
-        """The losses of a next-token stage for `optimise`: (T2), and a baseline's objective on the same rows beside it: on
+    def next_token(self, stage, model, labelled=False, objective=None, words=True):
+        """`make` and `losses` of a next-token stage for `optimise`: (T2), and a baseline's objective on the same rows beside it: on
         the pictures that come with a caption, or, without `words`, on all pictures."""
 
-        def losses(step):
-            """Of one batch."""
+        def make(step):
+            """A batch; and what the objective is to see: pictures, texts, and the random numbers that go on from here."""
             rng = self.rng(stage, step)
             rows = self.pretraining_rows(rng, self.config.batch, labelled=labelled)
-            loss, tokens = self.next_token_loss(model, rows)
-            parts, row = {"nll": loss}, {"tokens": tokens, "labels": clean_labels(rows, labelled)}
             shown = [(e, alone) for _, e, alone in rows if e.task != "text" and not (alone and e.task == "caption")]
-            some = [e for e, alone in shown if not words or (e.task in ("draw", "caption") and not alone)]
-            if objective and some:
+            some = [e for e, alone in shown if objective and (not words or (e.task in ("draw", "caption") and not alone))]
+            seen = (pictures_of(some), [e.prompt or e.answer for e in some], rng) if some else None
+            return self.packed(own_share(rows)), clean_labels(rows, labelled), seen
+
+        def losses(step, made):
+            """Of one batch."""
+            packed, labels, seen = made
+            loss, tokens = self.next_token_loss(model, packed)
+            parts, row = {"nll": loss}, {"tokens": tokens, "labels": labels}
+            if seen:
+                pictures, texts, rng = seen
                 with self.autocast():
-                    texts = [e.prompt or e.answer for e in some]
-                    parts[stage] = OBJECTIVE_WEIGHT * objective(model, self.vocab, self.codes(some), texts, rng)
+                    parts[stage] = OBJECTIVE_WEIGHT * objective(model, self.vocab, self.codes(pictures), texts, rng)
                 row[f"loss_{stage}"] = float(parts[stage].detach())
             yield parts, row
 
-        return losses
+        return {"make": make, "losses": losses}
 
     def pretrain_stage(self):
         """The base policy, on noisy pairs."""
         model, c = self.policy(), self.config
-        self.optimise("pretrain", model, c.pretrain_steps, c.lr, self.next_token_losses("pretrain", model))
+        self.optimise("pretrain", model, c.pretrain_steps, c.lr, **self.next_token("pretrain", model))
         save_atomically(model.state_dict(), self.folder / "base.safetensors")
 
     def go_on(self, stage, **how):
@@ -728,18 +770,19 @@ class Trainer:
             c.extra_steps = max(1, round(c.fitting_steps / self.slowness(stage, how)))
             self.save_config()
             print(f"{stage}: {c.extra_steps} further steps")
-        self.optimise(stage, model, c.extra_steps, c.lr, self.next_token_losses(stage, model, **how))
+        self.optimise(stage, model, c.extra_steps, c.lr, **self.next_token(stage, model, **how))
         save_atomically(model.state_dict(), self.folder / "aligned.safetensors")
 
     def slowness(self, stage, how, steps=6):
         """Seconds of a step of this stage over those of a plain next-token step, medians of a few of each, in turns."""
         model, seconds = self.policy("base"), ([], [])
         optimizers = make_optimizers(model, 1e-6)
-        kinds = [self.next_token_losses("slowness", model), self.next_token_losses(stage, model, **how)]
+        kinds = [self.next_token("slowness", model), self.next_token(stage, model, **how)]
+        made = [ahead(kind["make"], range(steps), self.workers) for kind in kinds] if how else []
         for step in range(steps if how else 0):
-            for losses, times in zip(kinds, seconds):
+            for kind, ready, times in zip(kinds, made, seconds):
                 start = time.perf_counter()
-                for parts, _ in losses(step):
+                for parts, _ in kind["losses"](step, next(ready)):
                     self.backward(model, parts)
                     float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))  # waits for the device, as a step does
                     for optimizer in optimizers:
@@ -775,19 +818,24 @@ class Trainer:
             torch.manual_seed(self.rng(stage).getrandbits(60))
             clip = CLIP(self.vocab.n_text, c.patch, width=c.clip_width).to(self.device)
 
-            def losses(step):
-                """Pairs, each caption with its false edits."""
+            def make(step):
+                """Pairs, each caption with its false edits: pictures, word ids of captions and of edits."""
                 rng, examples, edited = self.rng(stage, step), [], []
                 for _ in range(c.clip_batch):
                     source = rng.choice(self.captioned)
                     examples.append(captioned(source, rng, rng.choice(pools), noise))
                     edited += source.negatives(rng, examples[-1].prompt, c.clip_edits, held_out, longest)
-                ids, edits = (text_ids(self.vocab, t, self.device) for t in ([e.prompt for e in examples], edited))
+                ids, edits = (text_ids(self.vocab, texts).numpy() for texts in ([e.prompt for e in examples], edited))
+                return np.stack([e.picture for e in examples]), ids, edits
+
+            def losses(step, made):
+                """Of one batch of pairs."""
+                pictures, ids, edits = (torch.from_numpy(x).to(self.device) for x in made)
                 with self.autocast():
-                    loss, r1 = clip_loss(clip, np.stack([e.picture for e in examples]), ids, edits)
+                    loss, r1 = clip_loss(clip, pictures, ids, edits)
                 yield {"loss": loss}, {"r1": r1, "tokens": int((ids > PAD).sum())}
 
-            self.optimise(stage, clip, steps, c.clip_lr, losses)
+            self.optimise(stage, clip, steps, c.clip_lr, losses, make=make)
             save_atomically(clip.state_dict(), self.folder / f"{stage}.safetensors")
         write_json(self.folder / "reward_validity.json", self.check_reward("rule"))
 
@@ -884,7 +932,7 @@ class Trainer:
             source = rng.choice([s for s in self.sources if task in s.tasks])
             asked, kept = (max(round(c.prompts * share), 1) for share in GRPO_PROMPTS[task])
             examples = own_share([source.example(rng, task, source.prompt_pool(rng, task)) for _ in range(asked)])
-            batch = self.vocab.batch(examples, self.codes(examples), self.device)  # of what is to be drawn
+            batch = self.vocab.batch(examples, self.codes(pictures_of(examples)), self.device)  # of what is to be drawn
             # only .target holds the picture, which nothing here reads
 
             def reward(filled, tokens):
@@ -917,7 +965,7 @@ class Trainer:
                         row[k] = row.get(k, 0) + v  # tokens and seconds add up over the tasks
                 if c.ptx_coef:
                     rows = self.pretraining_rows(rng, c.batch, rewards.believes if c.ptx_filter else None)
-                    nll, tokens = self.next_token_loss(policy, rows)
+                    nll, tokens = self.next_token_loss(policy, self.packed(own_share(rows)))
                     parts["ptx"], row["nll"] = c.ptx_coef * nll, float(nll.detach())  # (T1)
                     row["ptx_tokens"] = row.get("ptx_tokens", 0) + tokens
                     row["labels"] = row.get("labels", 0) + clean_labels(rows)

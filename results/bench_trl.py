@@ -212,7 +212,8 @@ def main():
             spent[name].append(times[0] / tokens)
     made = {name: 1 / statistics.median(times) for name, times in spent.items()}
     for name, tokens in made.items():
-        print(f"{name:10} {tokens:,.0f} tokens a second, {tokens / most:.1%} of the limit; sample() makes {made['sample()'] / tokens:.2f} times as many")
+        share = f"{tokens / most:.1%} of the limit; sample() makes {made['sample()'] / tokens:.2f} times as many"
+        print(f"{name:10} {tokens:,.0f} tokens a second, {share}")
 
 
 if __name__ == "__main__":

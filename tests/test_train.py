@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -27,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 import eval as evaluation
 import reward
 import train
-from data import HELDOUT_PAIRS, IMAGE, PAD, PROMPT_PAIRS, SPECIAL, TEMPLATES, World, pairs_of, parse_caption
+from data import HELDOUT_PAIRS, IMAGE, PAD, PROMPT_PAIRS, SPECIAL, TEMPLATES, World, pairs_of, parse_caption, pictures_of
 from grpo import combine_rewards, group_advantages, pairwise_advantages
 from train import Config, Stopped, Trainer, make_config, parse_flags, schedule
 
@@ -347,7 +348,7 @@ def test_the_same_seed_gives_the_same_weights_and_batches_and_another_seed_other
     def start(seed):
         other = Trainer(make_config(**TINY, seed=seed, out=trainer.config.out))
         other.load_tokens()
-        return other.policy().head, next(other.batches(other.pretraining_rows(other.rng("pretrain", 0), 8))).target
+        return other.policy().head, next(other.batches(other.packed(other.pretraining_rows(other.rng("pretrain", 0), 8)))).target
 
     (weights, batch), (same, again), (different, others) = start(0), start(0), start(1)
     assert torch.equal(weights, same) and torch.equal(batch, again)
@@ -381,7 +382,7 @@ def test_a_state_that_is_loaded_is_the_state_that_was_saved(trainer, tmp_path):
     optimizers = train.make_optimizers(model, 0.01)
     for step in range(2):
         model.zero_grad()
-        trainer.next_token_loss(model, trainer.pretraining_rows(trainer.rng("x", step), 4))[0].backward()
+        trainer.next_token_loss(model, trainer.packed(trainer.pretraining_rows(trainer.rng("x", step), 4)))[0].backward()
         for optimizer in optimizers:
             optimizer.step()
     train.save_state(model, optimizers, [2, 0, 0, 0], tmp_path / "s.safetensors")
@@ -411,7 +412,8 @@ def paired(vocab, codebook, tmp_path):
 
 def test_no_picture_of_three_objects_or_of_a_special_pair_comes_with_its_words(paired):
     lengths, alone = set(), {"<draw>": 0, "<caption>": 0}
-    for batch in (b for step in range(12) for b in paired.batches(paired.pretraining_rows(paired.rng("pretrain", step), 64))):
+    every = (paired.packed(paired.pretraining_rows(paired.rng("pretrain", step), 64)) for step in range(12))
+    for batch in (b for packed in every for b in paired.batches(packed)):
         for given, target in zip(batch.tokens.tolist(), batch.target.tolist()):
             task = SPECIAL[given[1]]
             if task == "<draw>":
@@ -427,6 +429,33 @@ def test_no_picture_of_three_objects_or_of_a_special_pair_comes_with_its_words(p
                 lengths.add(len(caption.mentions))
                 assert not pairs_of(caption.kinds) & (HELDOUT_PAIRS | PROMPT_PAIRS)
     assert lengths == {1, 2} and min(alone.values()) > 10  # what comes alone has nothing but padding on the other side
+
+
+def test_batches_made_ahead_by_other_processes_are_those_made_here(paired, capfd):
+    for kind, part in (("pretrain", {}), ("masked", train.MORE["masked"])):
+        make = paired.next_token(kind, None, **part)["make"]
+        here, there = (list(train.ahead(make, range(3, 8), workers)) for workers in (0, 2))
+        assert len(here) == 5
+        for (packed, labels, seen), (packed2, labels2, seen2) in zip(here, there):
+            flat, flat2 = ([x for part in p for x in part] for p in (packed, packed2))
+            assert labels == labels2 and len(flat) == len(flat2) > 0 and all(np.array_equal(a, b) for a, b in zip(flat, flat2))
+            assert (seen is None) == (seen2 is None) == (kind == "pretrain")
+            if seen:
+                assert seen[1] == seen2[1] and seen[2].random() == seen2[2].random() and np.array_equal(seen[0], seen2[0])
+    assert not capfd.readouterr().err  # no warning of threads that a fork would lose
+
+
+def test_an_error_in_what_is_made_ahead_ends_the_run():
+    with pytest.raises(ZeroDivisionError):
+        list(train.ahead(lambda step: 1 // (2 - step), range(4), 2))
+
+
+def test_a_batch_made_of_numbered_patches_has_the_codes_of_the_pictures(paired):
+    rng = random.Random(0)
+    examples = [paired.sources[0].example(rng, task) for task in ("draw", "caption", "ask", "text") for _ in range(8)]
+    expected = paired.vocab.batch(examples, paired.codebook.encode(pictures_of(examples))).trim()
+    (batch,) = paired.batches(paired.packed([(None, e, False) for e in examples]))
+    assert all(torch.equal(a, b) for a, b in zip(batch, expected)) and batch.mask.any()
 
 
 def test_the_filter_never_judges_by_words_that_no_one_may_see(paired):
