@@ -40,6 +40,7 @@ import argparse
 import atexit
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import functools
 import inspect
@@ -503,8 +504,10 @@ def ahead(make, steps, workers):
     if not workers:
         return map(make, steps)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the fork
-    return iter(torch.utils.data.DataLoader(Made(make), None, sampler=steps, num_workers=workers, collate_fn=lambda made: made,
-                                            multiprocessing_context="fork", generator=torch.Generator()))  # fmt: skip
+    end_with_parent = lambda _: ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, for when this process is killed
+    return iter(torch.utils.data.DataLoader(
+        Made(make), None, sampler=steps, num_workers=workers, collate_fn=lambda made: made, worker_init_fn=end_with_parent,
+        multiprocessing_context="fork", generator=torch.Generator()))  # fmt: skip
 
 
 class Trainer:
@@ -698,7 +701,8 @@ class Trainer:
 
     def packed(self, rows):
         """The rows of `pretraining_rows` as templates, the LONG tasks each apart: padding is work for nothing. For each part all
-        of a Batch in one array, (5, N, L) int32, in which code k is that of the k-th patch of the part's pictures; and these."""
+        of a Batch in one array, (5, N, L) int32, in which code k is that of the k-th patch of the part's pictures; which rows are
+        to be told nothing; and the pictures."""
         parts = []
         for task in (None, *LONG):
             part = [(e, alone) for _, e, alone in rows if (e.task if e.task in LONG else None) == task]
@@ -706,14 +710,13 @@ class Trainer:
                 examples, alone = zip(*part)
                 pictures = pictures_of(examples)
                 patches = torch.arange(len(pictures) * self.vocab.n_patches).view(len(pictures), -1)
-                batch = self.vocab.batch(examples, patches).trim().blank(torch.tensor(alone))
-                parts.append((torch.stack(batch).int().numpy(), pictures))
+                parts.append((torch.stack(self.vocab.batch(examples, patches)).int().numpy(), np.array(alone), pictures))
         return parts
 
     def batches(self, parts):
         """What `packed` made, as Batches on the device, with the codes of the pictures."""
-        for array, pictures in parts:
-            batch = Batch(*torch.from_numpy(array).to(self.device).long())
+        for array, alone, pictures in parts:
+            batch = Batch(*torch.from_numpy(array).to(self.device).long()).trim().blank(torch.from_numpy(alone).to(self.device))
             ids = torch.cat((torch.arange(self.vocab.n_text, device=self.device), self.codes(pictures).flatten() + self.vocab.n_text))
             yield batch._replace(tokens=torch.where(batch.tokens < 0, -1, ids[batch.tokens]), target=ids[batch.target])
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -443,6 +444,24 @@ def test_batches_made_ahead_by_other_processes_are_those_made_here(paired, capfd
             if seen:
                 assert seen[1] == seen2[1] and seen[2].random() == seen2[2].random() and np.array_equal(seen[0], seen2[0])
     assert not capfd.readouterr().err  # no warning of threads that a fork would lose
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such processes: they are made by a fork")
+def test_the_processes_that_make_batches_end_with_the_one_they_work_for():
+    script = """import multiprocessing, time, numpy, train
+made = train.ahead(lambda step: numpy.zeros(10**6), range(100), 2)  # more than a pipe holds: they wait to be read
+next(made), print(*(p.pid for p in multiprocessing.active_children()), flush=True), time.sleep(60)"""
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    children = [Path(f"/proc/{pid}/cmdline") for pid in parent.stdout.readline().split()]
+    assert len(children) == 2 and all(child.read_bytes() for child in children)
+    parent.kill()
+    parent.wait()
+    ended = lambda child: not child.exists() or not child.read_bytes()  # a process that nobody has waited for yet has no command
+    for _ in range(100):
+        if all(map(ended, children)):
+            break
+        time.sleep(0.1)
+    assert all(map(ended, children))
 
 
 def test_an_error_in_what_is_made_ahead_ends_the_run():
