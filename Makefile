@@ -35,8 +35,8 @@ notebooks: $(BIN)/.dev
 
 gpu:
 	mkdir -p results/gpu
-	$(PYTHON) kernels.py --device cuda > results/gpu/kernels.txt
-	$(PYTHON) results/bench_trl.py --device cuda > results/gpu/step.txt
+	-$(PYTHON) kernels.py --device cuda > results/gpu/kernels.txt
+	-$(PYTHON) results/bench_trl.py --device cuda > results/gpu/step.txt
 	$(PYTHON) train.py --device cuda --out runs/gpu
 	cp runs/gpu/eval.json runs/gpu/timing.csv runs/gpu/metrics.csv runs/gpu/curves.png runs/gpu/samples/before_after.png results/gpu
 

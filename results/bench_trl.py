@@ -93,8 +93,9 @@ def ours(prompts, device):
     return step, generate, naive
 
 
-def theirs(steps, prompts, device):
-    """Seconds of each of TRL's steps, and a function that samples with generate(), returning how many tokens it made."""
+def theirs(steps, prompts, device, between):
+    """Seconds of each of TRL's steps, calling `between` after each; and a function that samples with generate(), returning how many
+    tokens it made."""
     import datasets
     import tokenizers
     import transformers
@@ -117,19 +118,22 @@ def theirs(steps, prompts, device):
         num_iterations=UPDATES, beta=0.02, learning_rate=1e-4, max_steps=steps * UPDATES, use_cpu=device == "cpu", report_to="none",
         save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, bf16=device == "cuda",
         gradient_checkpointing=False)  # fmt: skip
-    clock = []
+    clock, spent = [time.perf_counter()], []
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **_):
-            finish()
-            clock.append(time.perf_counter())
+            if state.global_step % UPDATES == 0:
+                finish()
+                spent.append(time.perf_counter() - clock[-1])
+                between()
+                clock.append(time.perf_counter())
 
     def even(completion_ids, **_):
         return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
 
     trl.GRPOTrainer(model, even, config, train_dataset=datasets.Dataset.from_dict({"prompt": texts}), processing_class=tokenizer,
                     callbacks=[Clock()]).train()  # fmt: skip
-    ends, ids = clock[UPDATES - 1 :: UPDATES], torch.randint(VOCAB - 2, (prompts * GROUP, PROMPT), device=device)
+    ids = torch.randint(VOCAB - 2, (prompts * GROUP, PROMPT), device=device)
 
     @torch.no_grad()
     def generate():
@@ -137,7 +141,7 @@ def theirs(steps, prompts, device):
             out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=NEW)[:, PROMPT:]
         return int((out != VOCAB - 2).sum())
 
-    return [b - a for a, b in zip(ends, ends[1:])], generate
+    return spent[2:], generate
 
 
 def finish():
@@ -146,15 +150,15 @@ def finish():
         torch.cuda.synchronize()
 
 
-def seconds(function, times):
-    """Of each call, after two to warm up; and what the last one returned."""
+def seconds(function, times, warmup=2):
+    """Of each call, after some to warm up; and what the last one returned."""
     found = []
-    for _ in range(times + 2):
+    for _ in range(times + warmup):
         start = time.perf_counter()
         result = function()
         finish()
         found.append(time.perf_counter() - start)
-    return found[2:], result
+    return found[warmup:], result
 
 
 def rates(device):
@@ -198,17 +202,21 @@ def main():
     rate, bandwidth = rates(device)
     operations, most = floor(prompts), limit(prompts, device, rate, bandwidth)
     step, sampler, naive = ours(prompts, device)
-    mine, samplers = statistics.median(seconds(step, args.steps)[0]), {"sample()": sampler, "naive": naive}
+    mine, samplers = seconds(step, args.steps)[0], {"sample()": sampler, "naive": naive}
+    if there := importlib.util.find_spec("trl"):  # in turns: a machine is not equally fast at all times
+        mine = []
+        other, samplers["generate()"] = theirs(args.steps + 2, prompts, device, lambda: mine.append(seconds(step, 1, 0)[0][0]))
+        mine = mine[2:]
+    ours_s = statistics.median(mine)
     print(f"floor   {operations / 1e9:.1f} GFLOP at {rate / 1e9:,.0f} GFLOP/s: {operations / rate:.3g} s")
-    print(f"ours    {mine:.3f} s a step: {operations / rate / mine:.1%} of the rate of a large matrix product")
-    if importlib.util.find_spec("trl"):
-        other, samplers["generate()"] = theirs(args.steps + 1, prompts, device)
-        print(f"TRL     {statistics.median(other):.3f} s a step: {statistics.median(other) / mine:.2f} times as long")
+    print(f"ours    {ours_s:.3f} s a step: {operations / rate / ours_s:.1%} of the rate of a large matrix product")
+    if there:
+        print(f"TRL     {statistics.median(other):.3f} s a step: {statistics.median(other) / ours_s:.2f} times as long")
     print(f"limit of sampling: {most:,.0f} tokens a second")
     spent = {name: [] for name in samplers}
-    for _ in range(8):  # in turns: a machine is not equally fast at all times
+    for i in range(10):
         for name, function in samplers.items():
-            times, tokens = seconds(function, 1)
+            times, tokens = seconds(function, 1, 2 * (i == 0))
             spent[name].append(times[0] / tokens)
     made = {name: 1 / statistics.median(times) for name, times in spent.items()}
     for name, tokens in made.items():
