@@ -310,7 +310,8 @@ def fused_linear_grpo_loss(
     rows = (mask > 0).flatten().nonzero().squeeze(1)
 
     def valid_rows(x: Tensor | None) -> Tensor | None:  # no other row enters a product, where nan times 0 would be nan
-        return None if x is None else x.flatten(0, 1).index_select(0, rows)
+        flat = None if x is None else x.flatten(0, 1)
+        return flat if flat is None or len(rows) == len(flat) else flat.index_select(0, rows)
 
     def loss_of(logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         everywhere = logprobs.new_zeros(mask.numel()).index_copy(0, rows, logprobs).view(mask.shape)
