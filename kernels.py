@@ -460,15 +460,13 @@ def paths(device: str, width: int) -> dict:
         found["plain, compiled"] = torch.compile(plain)
     found["ours"] = fused_linear_grpo_loss
     if importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-        chunked = LigerFusedLinearGRPOLoss(beta=0.02, loss_type="dapo", max_completion_length=width)
+        liger = importlib.import_module("liger_kernel.chunked_loss")
+        chunked = liger.LigerFusedLinearGRPOLoss(beta=0.02, loss_type="dapo", max_completion_length=width)
         found["Liger, chunked"] = lambda hidden, weight, tokens, old, ref, advantages, mask: chunked(
             hidden, weight, tokens, mask, advantages, ref_per_token_logps=ref, old_per_token_logps=old)  # fmt: skip
         if device == "cuda":
-            from liger_kernel.transformers.grpo_loss import triton_grpo_loss
-
-            found["Liger, Triton"] = lambda hidden, weight, tokens, old, ref, advantages, mask: triton_grpo_loss(
+            triton = importlib.import_module("liger_kernel.transformers.grpo_loss")
+            found["Liger, Triton"] = lambda hidden, weight, tokens, old, ref, advantages, mask: triton.triton_grpo_loss(
                 torch.nn.functional.pad(hidden, (0, 0, 0, 1)) @ weight.T,  # it leaves the last position out
                 old, ref, tokens, advantages, mask, temperature=1.0, beta=0.02, eps_high=0.2, reduce=True)  # fmt: skip
     return found

@@ -504,7 +504,7 @@ def ahead(make, steps, workers):
     if not workers:
         return map(make, steps)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the fork
-    end_with_parent = lambda _: ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, for when this process is killed
+    end_with_parent = lambda _: ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: killed with this process
     return iter(torch.utils.data.DataLoader(
         Made(make), None, sampler=steps, num_workers=workers, collate_fn=lambda made: made, worker_init_fn=end_with_parent,
         multiprocessing_context="fork", generator=torch.Generator()))  # fmt: skip
