@@ -6,8 +6,9 @@ prompt is checked (a GenEval in miniature). On real renders it is always right (
 It is no reward, and it chooses no checkpoint; temperatures are chosen on validation prompts, reported on test prompts.
 
   (E1) compose   = share of pictures with exactly the objects asked for and every statement true
-  (E2) diversity = distinct correct pictures / correct pictures of a prompt, and the mean distance between two of them:
-                   the mean over pixels of |a - b| / 255; over prompts with at least two correct ones
+  (E2) diversity = distinct correct pictures / correct pictures of a prompt; it falls by itself where more are correct, so beside it
+       differ    = share of pairs of correct pictures that differ, which does not; and the mean distance of a pair, |a - b| / 255
+                   over its pixels; means over prompts with at least two correct ones
   (E3) interval of a rate: Wilson, 95%      (E4) of a mean: mean +- 1.96 standard errors
   (E5) text NLL  = - sum of log-probs of held-out captions / their tokens, nats a token
   (E6) retrieval: PMI(c, x) = log p(c|x) - log mean_x' p(c|x'), by the model itself; is its own the first of 64 candidates?
@@ -307,17 +308,23 @@ def average(values, weights=None):
 
 
 def diversity(pictures, right):
-    """pictures (B, G, ...), right (B, G) bool -> (distinct correct / correct, mean distance of two correct ones of a
-    prompt); nan where no prompt has two correct pictures."""
-    distinct, correct, distances = 0, 0, []
+    """pictures (B, G, ...), right (B, G) bool -> (distinct correct / correct, share of pairs of correct ones of a prompt that differ,
+    mean distance of a pair); nan where no prompt has two correct pictures.
+
+    >>> a, b = np.zeros((1, 2, 2)), np.full((1, 2, 2), 255)
+    >>> diversity(np.stack([a, a, b], 1), np.array([[True, True, True]]))  # 2 of 3 distinct, and 2 of 3 pairs differ
+    (0.6666666666666666, 0.6666666666666666, 0.6666666666666666)
+    """
+    distinct, correct, differ, distances = 0, 0, [], []
     for group, ok in zip(pictures, right):
         if ok.sum() < 2:
             continue
         kept = group[ok].reshape(ok.sum(), -1)
         distinct, correct = distinct + len({p.tobytes() for p in kept}), correct + len(kept)
         pairs = [np.abs(a.astype(np.int16) - b).mean() / 255 for a, b in itertools.combinations(kept, 2)]
+        differ.append(np.count_nonzero(pairs) / len(pairs))
         distances.append(np.mean(pairs))
-    return (distinct / correct, float(np.mean(distances))) if correct else (math.nan, math.nan)  # (E2)
+    return (distinct / correct, float(np.mean(differ)), float(np.mean(distances))) if correct else (math.nan,) * 3  # (E2)
 
 
 # ---------------------------------------------------------------- what a model can do
@@ -377,15 +384,15 @@ class Evaluator:
         return np.array([exact_match(t, e.answer) > 0 for t, e in zip(texts, examples)])
 
     def front(self, pools, temperatures, prompts=128, group=8):
-        """One row a temperature: compose, diversity (share distinct) and distance, over prompts x group pictures."""
+        """One row a temperature: compose, diversity (share distinct), differ and distance, over prompts x group pictures."""
         examples, rows = self.examples("draw", prompts, pools), []
         repeated = [e for e in examples for _ in range(group)]
         for t in temperatures:
             pictures = self.outputs(examples, t, group=group)
             right = self.judge.draw(repeated, pictures)[0].reshape(prompts, group)
-            distinct, distance = diversity(pictures.reshape(prompts, group, *pictures.shape[1:]), right)
+            distinct, differ, distance = diversity(pictures.reshape(prompts, group, *pictures.shape[1:]), right)
             rows.append({"temperature": t, "compose": round(float(right.mean()), 4), "diversity": tidy(distinct),
-                         "distance": tidy(distance)})  # fmt: skip
+                         "differ": tidy(differ), "distance": tidy(distance)})  # fmt: skip
         return rows
 
     @torch.no_grad()
@@ -840,14 +847,14 @@ def compare(folders):
 
 def comparison(runs):
     """The table of {method: {seed: numbers}}. Fronts are compared at each one's best temperature (chosen on validation) and at
-    equal diversity."""
+    equal diversity: the most that all of them reach, by either measure of (E2)."""
     first, *others = sorted(runs, key=lambda m: (m == "base", m != "lvrpo", m))
     for seed in set.intersection(*(set(r) for r in runs.values())):
-        for column in ("", "_heldout"):
+        for column, measure in itertools.product(("", "_heldout"), ("diversity", "differ")):
             fronts = {m: runs[m][seed]["front"] for m in runs}
-            common = min(max((row.get(f"diversity{column}") or 0 for row in rows), default=0) for rows in fronts.values())
+            common = min(max((row.get(measure + column) or 0 for row in rows), default=0) for rows in fronts.values())
             for m, rows in fronts.items():
-                runs[m][seed][f"compose{column} @ diversity"] = quality_at(rows, common, column) if common else None
+                runs[m][seed][f"compose{column} @ {measure}"] = quality_at(rows, common, column, measure) if common else None
     heads = [f"{m} (n={len(runs[m])})" for m in (first, *others)] + [f"{first} - {m}" for m in others]
     lines = [f"{'':30}" + "".join(f"{h:>20}" for h in heads)]
     for metric in next(iter(runs[first].values())):
@@ -866,13 +873,13 @@ def numbers(result, model):
     return flat | {f"{k} @ best T": v for k, v in best.items() if not k.startswith("distance")} | {"front": result["sweep"][model]}
 
 
-def quality_at(rows, diversity, column=""):
+def quality_at(rows, diversity, column="", measure="diversity"):
     """The best quality a front offers at this diversity or more, between two temperatures by linear interpolation.
 
     >>> quality_at([{"compose": 0.9, "diversity": 0.2}, {"compose": 0.7, "diversity": 0.6}], 0.4)
     0.8
     """
-    points = sorted((row[f"diversity{column}"] or 0.0, row[f"compose{column}"]) for row in rows)
+    points = sorted((row[measure + column] or 0.0, row[f"compose{column}"]) for row in rows)
     best = max((q for d, q in points if d >= diversity), default=None)
     for (d0, q0), (d1, q1) in itertools.pairwise(points):
         if d0 < diversity <= d1:

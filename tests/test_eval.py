@@ -268,9 +268,17 @@ def test_diversity_counts_distinct_correct_pictures_and_their_distance():
     a, b, c = (np.full((2, 2, 3), v, np.uint8) for v in (0, 51, 255))
     pictures = np.stack([[a, b, b, c], [a, a, c, c], [c, c, a, b]])
     right = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1]], bool)  # one correct picture of the last prompt: nothing to compare
-    distinct, distance = evaluation.diversity(pictures, right)
+    distinct, differ, distance = evaluation.diversity(pictures, right)
     assert distinct == 3 / 5  # a, b of a, b, b and a of a, a
+    assert differ == pytest.approx((2 / 3 + 0) / 2)  # two of three pairs, and none of one
     assert distance == pytest.approx(((0.2 + 0.2 + 0) / 3 + 0) / 2)
+
+
+def test_more_correct_pictures_make_the_distinct_share_smaller_but_not_the_share_of_pairs_that_differ():
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 6, (4000, 8, 1))  # six pictures, all as likely
+    few, many = (evaluation.diversity(pictures, np.arange(8) < n * np.ones((4000, 1))) for n in (4, 8))
+    assert few[0] - many[0] > 0.15 and abs(few[1] - many[1]) < 0.01 and few[1] == pytest.approx(5 / 6, abs=0.01)
 
 
 def test_diversity_is_no_number_without_two_correct_pictures_of_a_prompt():
@@ -442,7 +450,7 @@ def test_a_model_that_answers_from_the_key_is_always_right(evaluator, vocab, cod
     for task in ("ask", "reason", "caption"):
         assert evaluator.answers(task, 12).all()
     rows = evaluator.front(("paired",), (0.5, 1.0), prompts=3, group=2)
-    assert rows == [{"temperature": t, "compose": 1.0, "diversity": 0.5, "distance": 0.0} for t in (0.5, 1.0)]
+    assert rows == [{"temperature": t, "compose": 1.0, "diversity": 0.5, "differ": 0.0, "distance": 0.0} for t in (0.5, 1.0)]
     monkeypatch.setattr(evaluation, "sample", lambda model, batch, *args: torch.where(batch.target == EOS, PAD, batch.target.roll(1, 0)))
     assert not evaluator.answers("caption", 12).all()
 
