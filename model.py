@@ -317,6 +317,7 @@ class Prompted:
         """room: how many tokens will be read after the prompt. fixed: `read` always works on all of the cache, on the same
         memory and with numbers that stand in tensors, so that a GPU can record it; else on the part that is filled."""
         start, width, _ = first_choices(batch)
+        room += -(width + room) % 8 if fixed else 0  # a GPU's attention would pad the mask to that in every layer
         share = lambda x: x.repeat_interleave(group, 0)  # noqa: E731
         rows, self.columns = torch.arange(len(start), device=start.device), torch.arange(width + room, device=start.device)
         cache = model.new_cache(len(start), width)

@@ -504,9 +504,13 @@ def ahead(make, steps, workers):
     if not workers:
         return map(make, steps)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the fork
-    end_with_parent = lambda _: ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: killed with this process
+
+    def begin(_):
+        os.setpgrp()  # a Ctrl-C, or a signal to the group, is for the process that saves
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: killed with that process
+
     return iter(torch.utils.data.DataLoader(
-        Made(make), None, sampler=steps, num_workers=workers, collate_fn=lambda made: made, worker_init_fn=end_with_parent,
+        Made(make), None, sampler=steps, num_workers=workers, collate_fn=lambda made: made, worker_init_fn=begin,
         multiprocessing_context="fork", generator=torch.Generator()))  # fmt: skip
 
 
@@ -525,8 +529,8 @@ class Trainer:
         self.captioned = [s for s in self.sources if CAPTIONED & set(s.tasks)]  # the key rewards the others
         self.interrupted, self.learning = None, False
         # a GPU takes a batch faster than one CPU core makes it; on a CPU all cores learn
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
-        self.workers = max(0, min(8, cores)) if self.device.type == "cuda" and sys.platform == "linux" else 0
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if sys.platform == "linux" else 1
+        self.workers = max(0, min(8, cores - 1)) if self.device.type == "cuda" else 0
 
     def save_config(self):
         """config.json: every setting, and what else a second run needs to give the same numbers."""
@@ -563,7 +567,8 @@ class Trainer:
         log, saved = Log(self.folder, stage, first), time.monotonic()
         pace = 1 if sys.stderr.isatty() else 15  # seconds between two states of the bar; a log file wants few
         bar = tqdm(range(first, steps), initial=first, total=steps, desc=f"{stage:9}", mininterval=pace, ncols=110, disable=RANK > 0)
-        self.learning, made = True, ahead(make, range(first, steps), self.workers) if make else None
+        self.learning = True
+        made = ahead(make, range(first, steps), self.workers) if make else None
         for step in bar:
             start = time.perf_counter()
             for optimizer in optimizers:

@@ -220,6 +220,7 @@ def test_no_tensor_of_all_logits_is_made():
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler: torch.compile makes C++ of what it makes GPU kernels of on CUDA")
 def test_the_compiled_path_equals_the_plain_one():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     for seed, (name, ranged, chunk) in enumerate([("token", True, 4), ("sequence", False, None)]):
         inputs, ranges = batch(seed)
         options = dict(level=name, reduction=name, temperature=1.3) | (ranges if ranged else {})
@@ -233,14 +234,14 @@ def test_the_compiled_path_equals_the_plain_one():
     assert graphs >= 3 and not torch._dynamo.utils.counters["graph_break"]  # advantages, objective and reduction are one graph
 
 
-def test_the_benchmark_times_every_path_on_the_same_loss(capsys, monkeypatch):
-    monkeypatch.setattr(kernels, "paths", lambda device, width: {"plain": PLAIN, "ours": fused_linear_grpo_loss})
+def test_the_benchmark_times_every_path_that_is_there_on_the_same_loss(capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # without the compiled one, which takes half a minute
     torch.manual_seed(0)
     kernels.benchmark("cpu", {"tiny": (4, 5, 6, 17, torch.float32)})
     head, *rows = capsys.readouterr().out.strip().split("\n")
-    assert [row.split()[5] for row in rows] == ["three", "plain", "ours"] and "of roofline" in head
-    losses = [row.split()[-1] for row in rows[1:]]
-    assert losses[0] == losses[1] and float(losses[0]) != 0
+    assert [row.split()[5] for row in rows][:3] == ["three", "plain", "ours"] and "of roofline" in head
+    losses = {row.split()[-1] for row in rows[1:]}  # Liger's too, where it is installed
+    assert len(losses) == 1 and float(losses.pop()) != 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: bf16 products with float32 results")

@@ -464,6 +464,30 @@ next(made), print(*(p.pid for p in multiprocessing.active_children()), flush=Tru
     assert all(map(ended, children))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such processes: they are made by a fork")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_run_that_makes_batches_ahead_saves_it(tmp_path, number):
+    script = f"""import sys, train
+begin = train.Trainer.__init__
+def with_workers(self, config):
+    begin(self, config)
+    self.workers = 2
+train.Trainer.__init__ = with_workers
+try:
+    train.main(train.make_config(preset="smoke", device="cpu", threads=1, pretrain_steps=5000, batch=256, out={str(tmp_path / "run")!r}))
+except train.Stopped as stopped:
+    sys.exit(stopped.status)"""
+    run = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (tmp_path / "run" / "metrics.csv").is_file() and len(rows(tmp_path / "run")) > 2:
+            break
+        time.sleep(0.1)
+    os.killpg(run.pid, number)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 128 + number and "Traceback" not in errors, errors[-2000:]
+    assert (tmp_path / "run" / "state_pretrain.safetensors").is_file()
+
+
 def test_an_error_in_what_is_made_ahead_ends_the_run():
     with pytest.raises(ZeroDivisionError):
         list(train.ahead(lambda step: 1 // (2 - step), range(4), 2))
