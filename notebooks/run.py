@@ -23,7 +23,8 @@ def executed(twin):
     """The notebook of a twin with the outputs of a clean kernel that starts in this folder; raises where a cell does."""
     book = jupytext.reads(twin.read_text(encoding="utf-8"), fmt="py:percent")
     os.environ |= {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-    NotebookClient(book, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
+    # coalesced: a slow kernel would else cut what one cell prints into pieces
+    NotebookClient(book, timeout=600, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(HERE)}}).execute()
     return tidied(book)
 
 
