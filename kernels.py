@@ -164,15 +164,16 @@ class SelectedLogprobs(torch.autograd.Function):
         """(K4) to (K6), chunk by chunk; g (M,) is the gradient of the log-probs."""
         (hidden, weight, kept), choice = ctx.saved_tensors, ctx.choice
         cast, dweight = weight.to(choice.dtype), torch.zeros_like(weight, dtype=g.dtype)
-        used = g.nonzero().squeeze(1)
-        everything = torch.zeros_like(hidden)
-        if len(used) < len(g):  # a position that the caller masked out has g = 0, and may hold nan
+        size, used = len(g), g.nonzero().squeeze(1)
+        if len(used) < size:  # a position that the caller masked out has g = 0, and may hold nan
             g, hidden, choice, kept = g[used], hidden[used], choice.rows(used), None
         dhidden = torch.zeros_like(hidden, dtype=g.dtype)
         for part in choice.slices():
             difference = choice.difference(hidden, cast, part)[0] if kept is None else kept
             choice.add_gradients(dhidden, dweight, difference, g, hidden, cast, part)
-        return everything.index_copy_(0, used, dhidden.to(hidden.dtype)), dweight.to(weight.dtype), None, None
+        if len(used) < size:
+            dhidden = dhidden.new_zeros(size, dhidden.shape[1]).index_copy_(0, used, dhidden)
+        return dhidden.to(hidden.dtype), dweight.to(weight.dtype), None, None
 
 
 class FusedLoss(torch.autograd.Function):
@@ -418,34 +419,30 @@ def check(device: str) -> bool:
     return passed
 
 
-def milliseconds(function, device: str) -> float:
+def measured(function, device: str) -> tuple[float, float]:
+    """Milliseconds of one call, and the GB it needed on a GPU on top of what was there before, nan on a CPU."""
     if device == "cpu":
         start = time.perf_counter()
         function()
-        return 1000 * (time.perf_counter() - start)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        return 1000 * (time.perf_counter() - start), math.nan
+    before, (start, end) = torch.cuda.memory_allocated(), (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.reset_peak_memory_stats()
     start.record()
     function()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return start.elapsed_time(end), (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
 def compare(functions: dict, device: str, repeats: int = 15) -> dict[str, tuple[float, float]]:
-    """{name: function} -> {name: (median milliseconds, GB on a GPU on top of what was there before)}. They take turns, since a
-    machine is not equally fast at all times. What does not fit the memory has nan and infinity."""
+    """{name: function} -> {name: (median milliseconds, GB of the last call)}. They take turns, since a machine is not equally fast
+    at all times. What does not fit the memory has nan and infinity."""
     times, peaks = {name: [] for name in functions}, dict.fromkeys(functions, math.nan)
     for _ in range(repeats + 2):  # the first two are warm-up
-        for name, function in functions.items():
-            if peaks[name] == math.inf:
-                continue
-            before = torch.cuda.memory_allocated() if device == "cuda" else 0
+        for name in (name for name in functions if peaks[name] != math.inf):
             try:
-                if device == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                times[name].append(milliseconds(function, device))
-                if device == "cuda":
-                    peaks[name] = (torch.cuda.max_memory_allocated() - before) / 1e9
+                ms, peaks[name] = measured(functions[name], device)
+                times[name].append(ms)
             except torch.cuda.OutOfMemoryError:
                 times[name], peaks[name] = [math.nan], math.inf
                 torch.cuda.empty_cache()
