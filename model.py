@@ -22,6 +22,7 @@ Left out: dropout, biases, a second network for pictures (a trained autoencoder 
 import contextlib
 import hashlib
 import itertools
+import math
 import os
 import random
 import time
@@ -217,15 +218,15 @@ class Block(nn.Module):
         another; None is sqrt(D), which is little where heads are small."""
         super().__init__()
         self.heads = heads
-        self.scale = None if reach is None else reach * heads / width
+        self.scale = (width / heads) ** -0.5 if reach is None else reach * heads / width
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x, turn=None, causal=True, mask=None, cache=None, at=slice(None)):
-        """x (N, L, C), its queries and keys turned by a `rotation`. mask, broadcast to (N, H, L, keys): the keys that may be looked
-        at, as bool, or as 0 for those and -inf for the others; it replaces `causal`. cache: (keys, values), each (N, H, keys, D):
-        written at the columns `at`, a slice or a tensor (L,), and then read whole."""
+    def forward(self, x, turn=None, causal=True, mask=None, cache=None, at=None):
+        """x (N, L, C), its queries and keys turned by a `rotation`. mask, broadcast to (N, H, L, keys), replaces `causal`: 0 for the
+        keys that may be looked at and -inf for the others; or, without a cache, bool. cache: (keys, values), each (N, H, keys, D):
+        written at the columns `at` (L,), and then read whole."""
         n, length, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         # queries and keys of equal length: attention logits are bounded and cannot blow up at high learning rates
@@ -233,9 +234,12 @@ class Block(nn.Module):
         q, k = (qk if turn is None else rotate(qk, turn)).to(v.dtype)
         if cache is not None:
             for store, new in zip(cache, (k, v)):
-                store.index_copy_(2, at, new) if torch.is_tensor(at) else store[:, :, at].copy_(new)
+                store.index_copy_(2, at, new)
             k, v = cache
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=self.scale)
+        if cache is not None and mask is not None and length <= 8 and x.device.type == "cpu":  # twice as fast for so few queries
+            y = (self.scale * q @ k.mT + mask).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=self.scale)
         x = x + self.out(y.transpose(1, 2).reshape(n, length, width))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -269,15 +273,15 @@ class Transformer(nn.Module):
     def head(self):
         return self.embed.weight
 
-    def forward(self, tokens, patch, positions=None, cache=None, at=slice(None), mask=None):
-        """positions: (L,) or (N, L), 0 to L-1 if None; cache, at and mask: see Block."""
+    def forward(self, tokens, patch, positions=None, cache=None, at=None, mask=None):
+        """positions: (L,) or (N, L); cache, at and mask: see Block. positions and at are 0 to L-1 if None."""
         x = self.embed(tokens)
         places = (self.row.weight[:, None] + self.column.weight).flatten(0, 1)  # (P, C)
         x = x + F.embedding(patch % (len(places) + 1), F.pad(places, (0, 0, 0, 1)))  # -1 is the last row, of zeros
-        positions = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
-        turn = rotation(positions, self.config.width // self.config.heads)
+        step = torch.arange(tokens.shape[1], device=tokens.device)
+        turn = rotation(step if positions is None else positions, self.config.width // self.config.heads)
         for i, block in enumerate(self.blocks):
-            x = block(x, turn, cache=cache and cache[i], at=at, mask=mask)
+            x = block(x, turn, cache=cache and cache[i], at=step if at is None else at, mask=mask)
         return self.norm(x).to(self.compute_dtype)
 
     def new_cache(self, n, length):
@@ -310,47 +314,47 @@ def tails(x, start, length, fill=PAD):
 
 
 class Prompted:
-    """B templates whose prompts a model has read, and G candidates of each that go on from there: N = B*G, row n is a
-    candidate of template n // G. The keys and values of a prompt are computed once and shared."""
+    """B templates whose prompts a model has read, once, and R = B*share rows that go on from there, Q tokens at a time: the next
+    tokens of one candidate, or one token of each of Q candidates, which then share the keys and values of their prompt."""
 
-    def __init__(self, model, batch, group=1, room=0, fixed=False):
-        """room: how many tokens will be read after the prompt. fixed: `read` always works on all of the cache, on the same
-        memory and with numbers that stand in tensors, so that a GPU can record it; else on the part that is filled."""
-        start, width, _ = first_choices(batch)
-        room += -(width + room) % 8 if fixed else 0  # a GPU's attention would pad the mask to that in every layer
-        share = lambda x: x.repeat_interleave(group, 0)  # noqa: E731
-        rows, self.columns = torch.arange(len(start), device=start.device), torch.arange(width + room, device=start.device)
-        cache = model.new_cache(len(start), width)
-        hidden = model(batch.tokens[:, :width].clamp(min=0), batch.patch[:, :width], cache=cache)
-        self.model, self.position, self.fixed = model, share(start), fixed
-        self.filled = torch.full((1,), width, device=start.device) if fixed else width
-        self.state = share(hidden[rows, start - 1])  # (N, C), predicts the first chosen token
-        self.cache = [tuple(F.pad(share(x), (0, 0, 0, room)) for x in layer) for layer in cache]
-        given = self.columns[:width] < start[:, None]  # shorter prompts: nobody looks at what follows
-        self.seen = F.pad(share(given), (0, room), value=True)  # (N, width + room)
+    def __init__(self, model, batch, share, width, steps=1, fixed=False):
+        """width: Q; steps: how often `read` will be called. fixed: it always works on all of the cache, on the same memory
+        and with numbers that stand in tensors, so that a GPU can record it; else on the part that is filled."""
+        start, prompt, _ = first_choices(batch)
+        room = width * steps
+        room += -(prompt + room) % 8 if fixed else 0  # a GPU's attention would pad the mask to that in every layer
+        cache = model.new_cache(len(start), prompt)
+        hidden = model(batch.tokens[:, :prompt].clamp(min=0), batch.patch[:, :prompt], cache=cache)
+        self.model, self.start, self.fixed = model, start, fixed
+        self.state = hidden[torch.arange(len(start), device=start.device), start - 1]  # (B, C), predicts the first chosen token
+        self.cache = [tuple(F.pad(x.repeat_interleave(share, 0), (0, 0, 0, room)) for x in layer) for layer in cache]
+        self.filled = torch.full((1,), prompt, device=start.device) if fixed else prompt
+        given = torch.arange(prompt, device=start.device) < start.repeat_interleave(share)[:, None]  # shorter prompts end earlier
+        self.mask = F.pad(self.hide(given)[:, None, None].expand(-1, 1, width, -1), (0, room), value=-torch.inf)  # (R, 1, Q, columns)
 
-    def read(self, tokens, patch, real=None):
-        """The next T tokens of every candidate and their patch numbers, (N, T) each -> their states (N, T, C).
-        real: (N, T) bool; what is not takes no position, and nobody looks at it."""
-        step = torch.arange(tokens.shape[1], device=tokens.device)
-        at, end = (self.filled + step, None) if self.fixed else (slice(self.filled, self.filled + len(step)), self.filled + len(step))
-        if real is not None:
-            self.seen.index_copy_(1, self.filled + step, real)
-        looks = self.seen[:, None, None, :end] & (self.columns[:end] <= self.filled + step[:, None])
-        mask = torch.zeros_like(looks, dtype=self.model.compute_dtype).masked_fill_(~looks, -torch.inf)  # once, not in every layer
-        positions = self.position[:, None] + (step if real is None else real.cumsum(1) - 1)
-        hidden = self.model(tokens, patch, positions, [tuple(x[:, :, :end] for x in layer) for layer in self.cache], at, mask)
-        self.position.copy_(positions[:, -1] + 1)
-        self.filled += len(step)
-        return hidden
+    def hide(self, seen):
+        """bool -> what attention adds to its logits: 0 where it is true, else -inf."""
+        return torch.zeros_like(seen, dtype=self.model.compute_dtype).masked_fill_(~seen, -torch.inf)
+
+    def read(self, tokens, patch, positions, looks):
+        """Tokens, their patch numbers and positions, (R, Q) each -> their states (R, Q, C). looks (R or 1, Q, Q) bool: which of
+        these tokens each of the Q, and what stands in its place later, may look at."""
+        at = self.filled + torch.arange(tokens.shape[1], device=tokens.device)
+        self.mask.index_copy_(3, at, self.hide(looks)[:, None].expand(len(tokens), -1, -1, -1))
+        self.filled += tokens.shape[1]
+        end = None if self.fixed else self.filled
+        return self.model(tokens, patch, positions, [tuple(x[:, :, :end] for x in layer) for layer in self.cache], at, self.mask[..., :end])
 
 
 def completion_states(model, batch, tail, patch):
     """B templates and the tails (N, T) of their N/B candidates each -> (N, T, C): the states that predict the tails."""
-    prompted = Prompted(model, batch, len(tail) // len(batch.tokens), tail.shape[1] - 1)
-    if tail.shape[1] == 1:
-        return prompted.state[:, None]
-    return torch.cat((prompted.state[:, None], prompted.read(tail[:, :-1], patch[:, :-1])), 1)
+    group, step = len(tail) // len(batch.tokens), torch.arange(tail.shape[1] - 1, device=tail.device)
+    prompted = Prompted(model, batch, group, len(step))
+    first, start = (x.repeat_interleave(group, 0)[:, None] for x in (prompted.state, prompted.start))
+    if not len(step):
+        return first
+    causal = (step <= step[:, None])[None]
+    return torch.cat((first, prompted.read(tail[:, :-1], patch[:, :-1], start + step, causal)), 1)
 
 
 # ---------------------------------------------------------------- sampling: fill a template
@@ -397,10 +401,12 @@ def sample(model, batch, vocab, generator=None, temperature=1.0, guidance=0.0, g
     views = [batch]
     if guidance:  # the same templates, told nothing
         views.append(batch.blank(torch.ones_like(start, dtype=torch.bool)))
-    runs = [Prompted(model, view, group, length - 1, fixed) for view in views]
+    beside = math.gcd(group, 8)  # candidates in a row: what they read of each other's keys is for nothing, and grows with them
+    runs = [Prompted(model, view, group // beside, beside, length - 1, fixed) for view in views]
     given, free = [share(tails(view.tokens, start, length)) for view in views], tail < 0
-    states, head, ids = [run.state for run in runs], model.head.T.to(runs[0].state.dtype), torch.arange(vocab.size, device=device)
+    states, head, ids = [share(run.state) for run in runs], model.head.T.to(runs[0].state.dtype), torch.arange(vocab.size, device=device)
     noise, ended = torch.empty(len(tail), vocab.size, device=device), torch.zeros(len(tail), 1, dtype=torch.bool, device=device)
+    position = share(start)[:, None]
     t = torch.zeros(1, dtype=torch.long, device=device)
     column = lambda x: x.index_select(1, t)  # (N, 1): what a table has for this step  # noqa: E731
 
@@ -421,7 +427,10 @@ def sample(model, batch, vocab, generator=None, temperature=1.0, guidance=0.0, g
         chosen, token, real = column(free), column(tail), ~ended
         ended.logical_or_(chosen & (token == EOS))
         for run, state, view in zip(runs, states, given):
-            state.copy_(run.read(torch.where(chosen, token, column(view)), column(patch), real)[:, 0])
+            tokens = torch.where(chosen, token, column(view))
+            inputs = (x.view(-1, beside) for x in (tokens, column(patch), position))
+            state.copy_(run.read(*inputs, torch.diag_embed(real.view(-1, beside))).flatten(0, 1))
+        position.add_(real)
         t.add_(1)
         choose()
 

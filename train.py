@@ -214,6 +214,11 @@ GRPO_TASKS = {"draw": 2.0, "caption": 0.5, "ask": 0.5, "reason": 0.5, "hops": 0.
 # mean over tokens would let answers dominate
 
 
+def grpo_prompts(config, task):
+    """How many prompts of a task are sampled in a step, and how many are learned from."""
+    return [max(round(config.prompts * share), 1) for share in GRPO_PROMPTS[task]]
+
+
 def clean_labels(rows, labelled=False):
     """How many rows of Trainer.pretraining_rows bring an answer that is sure to be right and exact; the web's are not."""
     return sum(e.task in (*QUESTIONS, "plan") and (labelled or e.task not in HURRIED or s.name != "synthetic") for s, e, _ in rows)
@@ -347,14 +352,11 @@ RANK, WORLD = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0),
 
 def join(config):
     """Meet the others. All but the first work on a copy of the run directory that is thrown away: one writes."""
-    for task, shares in GRPO_PROMPTS.items():
-        counts = [max(round(config.prompts * share), 1) for share in shares]
-        if task in config.tasks.split(",") and any(n % WORLD for n in counts):
-            raise ValueError(f"--prompts {config.prompts}: {WORLD} processes cannot share {counts[0]} prompts of {task}, {counts[1]} kept")
-    if config.batch < 8 * WORLD:
-        raise ValueError(f"--batch {config.batch}: fewer than 8 rows for each of {WORLD} processes")
-    gpus = torch.cuda.is_available()
-    if gpus:
+    counts = {n for task in config.tasks.split(",") if task in GRPO_PROMPTS for n in grpo_prompts(config, task)}
+    if config.batch < 8 * WORLD or any(n % WORLD for n in counts):
+        raise ValueError(f"{WORLD} processes cannot share --batch {config.batch} (8 rows each, at least) or --prompts {config.prompts} "
+                         f"(of which a task takes {', '.join(map(str, sorted(counts)))})")  # fmt: skip
+    if gpus := torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")  # numbers for the log stay on the CPU
     atexit.register(torch.distributed.destroy_process_group)
@@ -369,25 +371,35 @@ def join(config):
     torch.distributed.barrier()
 
 
+class Loss(torch.nn.Sequential):
+    """Loss(model) gives back the loss that it is called with: DistributedDataParallel wants a call before a backward pass."""
+
+    def forward(self, loss):
+        return loss
+
+
+def loss_of(model):
+    """A loss that went through it has gradients that are means over the processes."""
+    return torch.nn.parallel.DistributedDataParallel(Loss(model)) if WORLD > 1 else Loss(model)
+
+
 def own_share(items):
     """This process's part of what all have made alike."""
     return items[RANK * len(items) // WORLD : (RANK + 1) * len(items) // WORLD]
 
 
 def over_processes(x):
-    """The mean of a tensor over the processes: the tensor itself where there is one."""
+    """The mean of a tensor over the processes."""
     if WORLD > 1:
-        torch.distributed.all_reduce(x := x.detach().clone())
-    return x / WORLD if WORLD > 1 else x
+        torch.distributed.all_reduce(x := x.detach() / WORLD)
+    return x
 
 
 def gathered(x):
     """What all processes have, (B, G) each, one after the other."""
-    if WORLD == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(WORLD)]
-    torch.distributed.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    every = x.new_zeros(WORLD, *x.shape)
+    every[RANK] = x * WORLD
+    return over_processes(every).flatten(0, 1)
 
 
 # ---------------------------------------------------------------- one loop for every stage that learns
@@ -559,7 +571,7 @@ class Trainer:
         """Train `model` for `steps`. losses(step) yields {name: loss} once for every optimizer update, after it filled a
         dict of metrics that it yields beside it; with `make` it is losses(step, make(step)), made `ahead`. `after(step)` may look at
         the model. Resumes, logs, guards, saves."""
-        optimizers, path = make_optimizers(model, lr), self.folder / f"state_{stage}.safetensors"
+        optimizers, through, path = make_optimizers(model, lr), loss_of(model), self.folder / f"state_{stage}.safetensors"
         progress = newest_state(model, optimizers, path)
         first, skipped, *counts = progress or (0, 0, 0, 0)
         if progress:
@@ -578,7 +590,7 @@ class Trainer:
             counter = FlopCounterMode(display=False) if counted else contextlib.nullcontext()
             with counter:
                 for parts, row in losses(step, *([next(made)] if make else [])):
-                    norms = self.backward(model, parts)
+                    norms = self.backward(through, parts)
                     total = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
                     loss = float(over_processes(sum(x.detach() for x in parts.values())))
                     if np.isfinite(total + loss):
@@ -627,12 +639,14 @@ class Trainer:
         return diverged, idle
 
     @staticmethod
-    def backward(model, parts):
-        """Gradients of the sum of the parts, means over all processes, and the norm that each part adds (when there is more than one)."""
-        weights, total, norms = list(model.parameters()), 0.0, {}
+    def backward(through, parts):
+        """Gradients of the sum of the parts, through the `loss_of` a model, and the norm that each part adds (if it is not alone)."""
+        weights, total, norms = list(through.parameters()), 0.0, {}
         for name, loss in parts.items():
-            some = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-            part = over_processes(torch.cat([g.flatten() for g in some]))
+            for p in weights:
+                p.grad = torch.zeros_like(p)
+            through(loss).backward()
+            part = torch.cat([p.grad.flatten() for p in weights])
             total, norms[f"grad_{name}"] = total + part, float(part.norm())
         for p, g in zip(weights, total.split([p.numel() for p in weights])):
             p.grad = g.view_as(p)
@@ -784,14 +798,14 @@ class Trainer:
     def slowness(self, stage, how, steps=6):
         """Seconds of a step of this stage over those of a plain next-token step, medians of a few of each, in turns."""
         model, seconds = self.policy("base"), ([], [])
-        optimizers = make_optimizers(model, 1e-6)
+        optimizers, through = make_optimizers(model, 1e-6), loss_of(model)
         kinds = [self.next_token("slowness", model), self.next_token(stage, model, **how)]
         made = [ahead(kind["make"], range(steps), self.workers) for kind in kinds] if how else []
         for step in range(steps if how else 0):
             for kind, ready, times in zip(kinds, made, seconds):
                 start = time.perf_counter()
                 for parts, _ in kind["losses"](step, next(ready)):
-                    self.backward(model, parts)
+                    self.backward(through, parts)
                     float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))  # waits for the device, as a step does
                     for optimizer in optimizers:
                         optimizer.step()
@@ -938,7 +952,7 @@ class Trainer:
             """One rollout of a task, from one source."""
             rng = self.rng(stage, step, task)
             source = rng.choice([s for s in self.sources if task in s.tasks])
-            asked, kept = (max(round(c.prompts * share), 1) for share in GRPO_PROMPTS[task])
+            asked, kept = grpo_prompts(c, task)
             examples = own_share([source.example(rng, task, source.prompt_pool(rng, task)) for _ in range(asked)])
             batch = self.vocab.batch(examples, self.codes(pictures_of(examples)), self.device)  # of what is to be drawn
             # only .target holds the picture, which nothing here reads
