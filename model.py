@@ -314,8 +314,9 @@ def tails(x, start, length, fill=PAD):
 
 
 class Prompted:
-    """B templates whose prompts a model has read, once, and R = B*share rows that go on from there, Q tokens at a time: the next
-    tokens of one candidate, or one token of each of Q candidates, which then share the keys and values of their prompt."""
+    """B templates whose prompts a model has read, once, and R = B*share rows that go on from there, Q tokens at a time: the next Q
+    of one candidate, or the next one of each of Q candidates. These share the keys and values of their prompt, and their own
+    stand in turns behind it (p p p a b a b a b for two); the mask hides b's from a."""
 
     def __init__(self, model, batch, share, width, steps=1, fixed=False):
         """width: Q; steps: how often `read` will be called. fixed: it always works on all of the cache, on the same memory
