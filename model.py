@@ -427,10 +427,10 @@ def sample(model, batch, vocab, generator=None, temperature=1.0, guidance=0.0, g
         """Read the token that was chosen, and choose the next."""
         chosen, token, real = column(free), column(tail), ~ended
         ended.logical_or_(chosen & (token == EOS))
+        rows = lambda x: x.view(-1, beside)  # noqa: E731
+        where = rows(column(patch)), rows(position), torch.diag_embed(rows(real))  # each looks at itself, not at its neighbours
         for run, state, view in zip(runs, states, given):
-            tokens = torch.where(chosen, token, column(view))
-            inputs = (x.view(-1, beside) for x in (tokens, column(patch), position))
-            state.copy_(run.read(*inputs, torch.diag_embed(real.view(-1, beside))).flatten(0, 1))
+            state.copy_(run.read(rows(torch.where(chosen, token, column(view))), *where).flatten(0, 1))
         position.add_(real)
         t.add_(1)
         choose()

@@ -352,10 +352,12 @@ RANK, WORLD = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0),
 
 def join(config):
     """Meet the others. All but the first work on a copy of the run directory that is thrown away: one writes."""
-    counts = {n for task in config.tasks.split(",") if task in GRPO_PROMPTS for n in grpo_prompts(config, task)}
-    if config.batch < 8 * WORLD or any(n % WORLD for n in counts):
-        raise ValueError(f"{WORLD} processes cannot share --batch {config.batch} (8 rows each, at least) or --prompts {config.prompts} "
-                         f"(of which a task takes {', '.join(map(str, sorted(counts)))})")  # fmt: skip
+    for task in (t for t in config.tasks.split(",") if t in GRPO_PROMPTS):
+        asked, kept = grpo_prompts(config, task)
+        if asked % WORLD or kept % WORLD:
+            raise ValueError(f"--prompts {config.prompts}: {WORLD} processes cannot share {asked} prompts of {task}, {kept} kept")
+    if config.batch < 8 * WORLD:
+        raise ValueError(f"--batch {config.batch}: fewer than 8 rows for each of {WORLD} processes")
     if gpus := torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")  # numbers for the log stay on the CPU

@@ -127,9 +127,17 @@ def asked(tmp_path):
 
 
 @pytest.fixture
-def command(capsys, monkeypatch):
+def handlers():
+    """The test runner's own handlers of signals, which are put back: main() listens to signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def command(capsys, monkeypatch, handlers):
     """Run a file of ours as a command in this process: command("eval.py", "--run", folder) -> status, out, err."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*argv):
         capsys.readouterr()
@@ -141,6 +149,4 @@ def command(capsys, monkeypatch):
             status = end.code or 0
         return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run

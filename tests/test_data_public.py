@@ -421,7 +421,7 @@ def test_a_server_that_misbehaves_is_one_line_that_names_the_file_and_leaves_not
     assert "; try again later, or put the official files at" in message and list((tmp_path / "new").iterdir()) == []
 
 
-def test_a_download_that_is_interrupted_leaves_nothing_behind_and_can_be_repeated(served_fashion, tmp_path):
+def test_a_download_that_is_interrupted_leaves_nothing_behind_and_can_be_repeated(served_fashion, tmp_path, handlers):
     def interrupts(handler):
         raise_in_main.set()
         handler.tests_end.wait(20)
@@ -435,12 +435,11 @@ def test_a_download_that_is_interrupted_leaves_nothing_behind_and_can_be_repeate
         signal.pthread_kill(main, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     thread.start()
     with pytest.raises(KeyboardInterrupt):
         data.download("fashion_mnist", tmp_path / "new")
     thread.join()
-    signal.signal(signal.SIGINT, before)
     assert list((tmp_path / "new").iterdir()) == []
     served_fashion[LAST] = good
     data.download("fashion_mnist", tmp_path / "new")

@@ -296,8 +296,8 @@ def test_a_gpu_can_record_a_step_of_the_sampler(vocab, codebook, monkeypatch, gu
     model = Transformer(ModelConfig(vocab.size, codebook.side, 32, 2, 4)).to("meta")
     batch = Batch(*(x.to("meta") for x in batch))
     with Elsewhere():
-        tokens = sample(model, batch, vocab, guidance=guidance, group=3, fixed=True)
-    assert tokens.is_meta and tokens.shape == (3 * len(start), batch.tokens.shape[1])
+        tokens = sample(model, batch, vocab, guidance=guidance, group=12, fixed=True)  # four in a row
+    assert tokens.is_meta and tokens.shape == (12 * len(start), batch.tokens.shape[1])
     with pytest.raises(AssertionError), Elsewhere():  # such a tensor would be found
         batch.tokens.index_select(1, torch.zeros(1, dtype=torch.long))
 
@@ -322,12 +322,15 @@ def test_a_recorded_step_is_done_as_often_as_it_is_called(monkeypatch):
             assert done == ["token"] * n
 
 
+@pytest.mark.parametrize("group", [3, 4, 12, 16])  # in rows of one, four, four and eight
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("tasks", [("draw",), ("reason",), TASKS], ids=lambda tasks: "+".join(tasks))
-def test_candidates_that_share_a_prompt_are_those_of_repeated_prompts(model, vocab, codebook, tasks):
+def test_candidates_that_share_a_prompt_are_those_of_repeated_prompts(model, vocab, codebook, tasks, fixed, group):
     batch = batch_of(vocab, codebook, tasks, n=2)
-    shared, alone = (sample(model, b, vocab, torch.Generator().manual_seed(3), group=g) for b, g in ((batch, 4), (batch.repeat(4), 1)))
-    assert torch.equal(shared, alone) and len(shared) == 4 * len(batch.tokens)
-    groups = shared.view(-1, 4, shared.shape[1])
+    draw = lambda b, g: sample(model, b, vocab, torch.Generator().manual_seed(3), group=g, fixed=fixed)  # noqa: E731
+    shared, alone = draw(batch, group), draw(batch.repeat(group), 1)
+    assert torch.equal(shared, alone) and len(shared) == group * len(batch.tokens)
+    groups = shared.view(-1, group, shared.shape[1])
     assert (groups != groups[:, :1]).any(2).float().mean() > 0.5  # and candidates of a prompt differ
 
 

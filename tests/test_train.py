@@ -65,15 +65,6 @@ def trainer(smoke, tmp_path):
     return trainer
 
 
-@pytest.fixture
-def handlers():
-    """main() listens to signals: put the test runner's own handlers back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield before
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 # ---------------------------------------------------------------- flags
 
 
@@ -746,9 +737,9 @@ def test_a_slower_objective_gets_fewer_steps_for_the_same_seconds(trainer, smoke
 
 def test_processes_that_would_have_too_little_to_do_are_refused(monkeypatch):
     monkeypatch.setattr(train, "WORLD", 2)
-    with pytest.raises(ValueError, match="2 processes cannot share --batch 8"):
+    with pytest.raises(ValueError, match="--batch 8: fewer than 8 rows for each of 2 processes"):
         train.join(make_config(batch=8))
-    with pytest.raises(ValueError, match=r"2 processes cannot share .* --prompts 3 \(of which a task takes"):
+    with pytest.raises(ValueError, match="--prompts 3: 2 processes cannot share 3 prompts of draw"):
         train.join(make_config(prompts=3))
 
 
