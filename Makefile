@@ -1,7 +1,7 @@
-# make train: set up, align, train the obvious alternative from the same base, compare
-# make reproduce: every method, five seeds, the paper's claims (97 minutes on two cores; start again to go on)
-# make notebooks: run the course, refresh its outputs, print the minutes of each (4 minutes)
-# make gpu: all that a GPU should be asked, into results/gpu, with a PYTHON that has torch (written for 8 minutes, never run yet)
+# make train: set up, align, train the obvious alternative from the same base, compare (10 minutes)
+# make reproduce: every method, five seeds, the paper's claims (start again to go on)
+# make notebooks: run the course, refresh its outputs, print the minutes of each
+# make gpu: all that a GPU should be asked, into results/gpu, with a PYTHON that has torch
 # make test: set up and run the tests      make test-all: the long ones too
 PYTHON ?= python3
 VENV := .venv
@@ -10,8 +10,9 @@ THREADS := OMP_NUM_THREADS=2
 
 .PHONY: train reproduce ablate notebooks gpu test test-all clean
 
+# A half made environment (no pip in it) is made again.
 $(BIN)/.runtime: requirements.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
 	touch $@
 
@@ -28,7 +29,7 @@ reproduce: $(BIN)/.runtime
 	$(BIN)/python results/reproduce.py
 
 ablate: $(BIN)/.runtime
-	for name in group kl reward pairs; do $(BIN)/python eval.py --run runs/lvrpo --ablate $$name || exit; done
+	for name in group kl reward; do $(BIN)/python results/ablate.py $$name --run runs/lvrpo || exit; done
 
 notebooks: $(BIN)/.dev
 	$(THREADS) $(BIN)/python notebooks/run.py
@@ -36,9 +37,10 @@ notebooks: $(BIN)/.dev
 gpu:
 	mkdir -p results/gpu
 	-$(PYTHON) kernels.py --device cuda > results/gpu/kernels.txt
+	-$(PYTHON) results/bench_kernels.py --device cuda > results/gpu/bench_kernels.txt
 	-$(PYTHON) results/bench_trl.py --device cuda > results/gpu/step.txt
 	$(PYTHON) train.py --device cuda --out runs/gpu
-	cp runs/gpu/eval.json runs/gpu/timing.csv runs/gpu/metrics.csv runs/gpu/curves.png runs/gpu/samples/before_after.png results/gpu
+	cp runs/gpu/eval.json runs/gpu/timing.csv runs/gpu/metrics.csv runs/gpu/samples/before_after.png results/gpu
 
 test: $(BIN)/.dev
 	$(BIN)/ruff check .

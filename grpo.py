@@ -1,50 +1,50 @@
-"""GRPO: score G candidates of the same prompt, and make the ones that beat their own group more likely.
+"""GRPO: score G candidates of one prompt, and make those that beat their own group more likely.
 
-The group's mean reward is the baseline, so no value network is trained. A clipped ratio keeps each update close to the
-policy that sampled, and a KL penalty keeps the policy close to the frozen base model.
+The group's mean reward is the baseline, so no value network is trained. A clipped ratio keeps each
+update close to the policy that sampled, and a KL penalty keeps the policy close to the frozen base.
 
-(G1) A_i = (r_i - mean_j r_j) / (std_j r_j + eps)                        advantage within the group
-(G2) A_i = 1/(G-1) sum_{j != i} [ 2 sigmoid((r_i - r_j) / tau) - 1 ]     advantage from preference pairs (Bradley-Terry)
-(G3) A = s / (std s + eps),  s = sum_k w_k z_k,  z_k = (G1) of reward k  several rewards, each normalised first (GDPO)
-(G4) ratio_t = exp(logprob_t - old_logprob_t)                            new policy over the one that sampled
-(G5) ratio = exp( mean_t (logprob_t - old_logprob_t) )                   ...or one ratio per sequence (GSPO)
-(G6) k3_t = exp(d_t) - d_t - 1,  d_t = ref_logprob_t - logprob_t         estimate of the KL, never negative
-(G7) l_t = -min( ratio_t A, clip(ratio_t, 1 - clip_low, 1 + clip_high) A )   the token's loss
-(G8) l_t = (G7) + kl_coef k3_t                                           ...and its KL penalty
-(G9) L = sum_nt l / sum_nt m  |  1/N sum_n (sum_t l / sum_t m)  |  sum_nt l / (N max_tokens),  over the valid tokens
-(G10) KL(policy||ref)_t = sum_id p(id) log( p(id) / p_ref(id) ),  H_t = - sum_id p(id) log p(id)     exact, for the log
+(G1) A_i = (r_i - mean_j r_j) / (std_j r_j + eps)                      advantage within the group
+(G2) A_i = 1/(G-1) sum_{j != i} [ 2 sigmoid((r_i - r_j) / tau) - 1 ]   ...from preference pairs
+(G3) A = s / (std s + eps),  s = sum_k w_k z_k,  z_k = (G1) of reward k      several rewards (GDPO)
+(G4) ratio_t = exp(logprob_t - old_logprob_t)                 new policy over the one that sampled
+(G5) ratio = exp( mean_t (logprob_t - old_logprob_t) )        ...or one ratio a sequence (GSPO)
+(G6) k3_t = exp(d_t) - d_t - 1,  d_t = ref_logprob_t - logprob_t      estimate of the KL, >= 0
+(G7) l_t = -min( ratio_t A, clip(ratio_t, 1 - clip_low, 1 + clip_high) A )      the token's loss
+(G8) l_t = (G7) + kl_coef k3_t                                         ...and its KL penalty
+(G9) L = sum_nt l / sum_nt m  |  1/N sum_n (sum_t l / sum_t m)  |  sum_nt l / (N max_tokens)
+(G10) KL(policy||ref)_t = sum_id p(id) log( p(id) / p_ref(id) ),  H_t = - sum_id p(id) log p(id)
 
-(G11) L = - sum_t logprob_t of the best of each group / their tokens      a control: rejection-sampling fine-tuning
-(G12) L = - log sigmoid( beta sum_t (logprob - ref)_t(best) - beta sum_t (logprob - ref)_t(worst) )      a control: DPO
-(G13) L = CE over texts and over pictures of scale * cos(mean state of a picture, mean state of a text)      a baseline: CLIP-style
-(G14) L = - mean over hidden codes of log p(code | the codes that are not hidden)                            a baseline: BEiT-style
+(G11) L = - sum_t logprob_t of each group's best / their tokens        control: rejection sampling
+(G12) L = - log sigmoid( beta sum_t (logprob - ref)_t(best) - beta sum_t (logprob - ref)_t(worst) )
+(G13) L = CE over texts and over pictures of scale * cos(mean state of each)    baseline: CLIP-style
+(G14) L = - mean over hidden codes of log p(code | the other codes)             baseline: BEiT-style
 
-Symbols: B prompts, G candidates per prompt, N = B*G sequences (row n answers prompt n // G), T completion tokens,
-r rewards (B,G), A advantages, m (N,T) the completion mask: > 0 is valid.
+Symbols: B prompts, G candidates of each, N = B*G sequences (row n answers prompt n // G), T tokens
+of a completion, r rewards (B,G), A advantages, m (N,T) the completion mask: > 0 is valid.
 
 Conventions
-* Std is the sample std (ddof=1): rewards [1,1,0,0] give advantages +-0.87. The population std would give +-1.00.
-* For A < 0 the objective is still the minimum of the two surrogates: a ratio far above 1 is never clipped then.
-* k3 is an unbiased estimate of KL(policy||ref) when the policy sampled the tokens, but its on-policy gradient is that
-  of KL(ref||policy). It spikes when a token becomes very improbable.
-* In the first step after sampling the ratio is 1 and l_t = -A, whose mean is about 0. The gradient is not.
-* Equal rewards in a group give advantage exactly 0: such a group is moved by the KL penalty alone.
+* Std is the sample std: rewards [1,1,0,0] give advantages +-0.87. The population std gives +-1.00.
+* For A < 0 the objective is still the minimum: a ratio far above 1 is never clipped then.
+* k3 is an unbiased estimate of KL(policy||ref) when the policy sampled the tokens, but its
+  on-policy gradient is that of KL(ref||policy).
+* In the first step after sampling the ratio is 1 and l_t = -A: its mean is 0, its gradient is not.
+* Equal rewards in a group give advantage exactly 0: the KL penalty alone moves such a group.
+* Log-ratios beyond +-20 are clamped, as in verl: exp(89) overflows, and inf * 0 is a NaN gradient.
 
-What differs from the paper: LVRPO's text fixes neither the std, the KL estimator nor the reduction. These are GRPO's,
-with its published variants to choose from.
+What differs from the paper: LVRPO's text fixes neither the std, the KL estimator nor the reduction.
+These are GRPO's, with its published variants to choose from.
 
-    $ python train.py --base runs/NAME --stage grpo --out runs/NEW      # the loop around `rollout` and `rollout_loss`; 2 minutes
+    $ python train.py --base runs/NAME --out runs/NEW      # `grpo_step` is the loop; 2 minutes
 """
-
-import time
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import EOS, PAD, Batch, Example, Vocabulary
-from model import Transformer, at_least_float32, completion_states, first_choices, matmul, sample, tails
+from data import PAD
+from model import Transformer, allowed_head, at_least_float32, matmul
+
+LOG_LIMIT = 20.0
 
 
 def check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
@@ -57,26 +57,28 @@ def check_shape(name: str, x: Tensor | None, shape: tuple[int, ...], meaning: st
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(shape)}, {meaning}")
 
 
-# ---------------------------------------------------------------- advantages
+# ------------------------------------------------ advantages
 
 
 def checked_rewards(rewards: Tensor, name: str = "rewards") -> Tensor:
-    """Rewards (B,G) without gradient and at least float32; ValueError when they cannot rank a group."""
+    """Rewards (B,G) without gradient and at least float32; ValueError when they cannot rank a
+    group."""
     if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"{name} has shape {tuple(rewards.shape)}, expected (B, G) with G >= 2 candidates to compare")
+        raise ValueError(f"{name} has shape {tuple(rewards.shape)}, expected (B, G) with G >= 2")
     if not rewards.isfinite().all():
         bad = int((~rewards.isfinite()).sum())
-        raise ValueError(f"{name}: {bad} of {rewards.numel()} values are not finite; a failed reward is no score")
+        raise ValueError(f"{name}: {bad} of {rewards.numel()} values are not finite")
     return at_least_float32(rewards.detach())
 
 
 def minus_group_mean(rewards: Tensor) -> Tensor:
-    shifted = rewards - rewards[:, :1]  # changes nothing, but equal rewards now give exactly 0, not a rounding error
+    shifted = rewards - rewards[:, :1]  # so that equal rewards give exactly 0, not a rounding error
     return shifted - shifted.mean(1, keepdim=True)
 
 
 def scaled_advantages(rewards: Tensor, scale: str, eps: float = 1e-4) -> Tensor:
-    """group_advantages of rewards that were checked: without a question to the device, so that it can be compiled."""
+    """group_advantages of rewards that were checked: without a question to the device, so that it
+    can be compiled."""
     if scale == "none":
         return minus_group_mean(rewards)
     std = rewards.std(1, keepdim=True) if scale == "group" else rewards.std()
@@ -84,13 +86,16 @@ def scaled_advantages(rewards: Tensor, scale: str, eps: float = 1e-4) -> Tensor:
 
 
 def group_advantages(rewards: Tensor, scale: str = "group", eps: float = 1e-4) -> Tensor:
-    """Reward minus the mean of its group, over a std. (B,G) -> (B,G), no gradient. Source: arXiv:2402.03300.
+    """Reward minus the mean of its group, over a std. (B,G) -> (B,G), no gradient. Source:
+    arXiv:2402.03300.
 
-    scale: "group" divides by the group's std + eps; "batch" by the std of all B*G raw rewards + eps; "none" does not
-    divide (Dr. GRPO, arXiv:2503.20783: dividing by a small std magnifies differences that mean little).
-    Raises ValueError for G < 2, a reward that is not finite, or an unknown scale.
+    scale: "group" divides by the group's std + eps; "batch" by the std of all B*G raw rewards +
+    eps; "none" does not divide (Dr. GRPO, arXiv:2503.20783: dividing by a small std magnifies
+    differences that mean little). Raises ValueError for G < 2, a reward that is not finite, or an
+    unknown scale.
 
-    >>> group_advantages(torch.tensor([[1.0, 1.0, 0.0, 0.0], [5.0, 5.0, 5.0, 5.0]])).round(decimals=2)
+    >>> rewards = torch.tensor([[1.0, 1.0, 0.0, 0.0], [5.0, 5.0, 5.0, 5.0]])
+    >>> group_advantages(rewards).round(decimals=2)
     tensor([[ 0.8700,  0.8700, -0.8700, -0.8700],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
@@ -99,12 +104,14 @@ def group_advantages(rewards: Tensor, scale: str = "group", eps: float = 1e-4) -
 
 
 def pairwise_advantages(rewards: Tensor, temperature: float = 1.0) -> Tensor:
-    """How a candidate fares against each other one. (B,G) -> (B,G) in [-1, 1], every group sums to 0. No gradient.
+    """How a candidate fares against each other one. (B,G) -> (B,G) in [-1, 1], every group sums
+    to 0. No gradient.
 
     sigmoid((r_i - r_j) / temperature) is the Bradley-Terry probability that i is preferred to j.
     Raises ValueError for G < 2, a reward that is not finite, or temperature <= 0.
 
-    >>> pairwise_advantages(torch.tensor([[3.0, 1.0]]).log()).round(decimals=4)  # preferred 3 times in 4: 2 * 0.75 - 1
+    Odds of three to one: 2 * 0.75 - 1.
+    >>> pairwise_advantages(torch.tensor([[3.0, 1.0]]).log()).round(decimals=4)
     tensor([[ 0.5000, -0.5000]])
     """
     if not temperature > 0:
@@ -116,46 +123,55 @@ def pairwise_advantages(rewards: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def combine_rewards(
-    rewards: dict[str, Tensor], weights: dict[str, float], mode: str = "sum_then_normalize", eps: float = 1e-4
+    rewards: dict[str, Tensor],
+    weights: dict[str, float],
+    mode: str = "sum_then_normalize",
+    eps: float = 1e-4,
 ) -> Tensor:
     """Named rewards (B,G), and a weight for each name -> advantages (B,G), no gradient.
 
-    "sum_then_normalize" is (G1) of the weighted sum: the reward with the widest spread dominates. With
-    "normalize_then_sum", (G3), each reward counts by its weight, whatever its unit (GDPO).
-    Raises ValueError for names or shapes that differ, an unknown mode, G < 2, or a reward that is not finite.
+    "sum_then_normalize" is (G1) of the weighted sum: the reward with the widest spread dominates.
+    With "normalize_then_sum", (G3), each reward counts by its weight, whatever its unit (GDPO).
+    Raises ValueError for names or shapes that differ, an unknown mode, G < 2, or a reward that is
+    not finite.
 
     >>> rewards = {"clip": torch.tensor([[9.0, 3.0]]), "exact": torch.tensor([[0.0, 1.0]])}
-    >>> combine_rewards(rewards, {"clip": 1.0, "exact": 2.0}).round(decimals=2)  # sums 9 and 5
+    >>> weights = {"clip": 1.0, "exact": 2.0}  # weighted sums 9 and 5
+    >>> combine_rewards(rewards, weights).round(decimals=2)
     tensor([[ 0.7100, -0.7100]])
-    >>> combine_rewards(rewards, {"clip": 1.0, "exact": 2.0}, "normalize_then_sum").round(decimals=2)
+    >>> combine_rewards(rewards, weights, "normalize_then_sum").round(decimals=2)
     tensor([[-0.7100,  0.7100]])
     """
     check_choice("mode", mode, ("sum_then_normalize", "normalize_then_sum"))
     if not rewards or set(rewards) != set(weights):
-        raise ValueError(f"rewards {sorted(rewards)} and weights {sorted(weights)}: expected the same names")
+        raise ValueError(f"rewards {sorted(rewards)}, weights {sorted(weights)}: names differ")
     shape = next(iter(rewards.values())).shape
     for name, r in rewards.items():
         check_shape(f"reward {name!r}", r, shape, "the (B, G) of the first reward")
         checked_rewards(r, f"reward {name!r}")
     if mode == "sum_then_normalize":
-        return group_advantages(sum(weights[name] * r.detach() for name, r in rewards.items()), eps=eps)
+        total = sum(weights[name] * r.detach() for name, r in rewards.items())
+        return group_advantages(total, eps=eps)
     total = sum(weights[name] * group_advantages(r, eps=eps) for name, r in rewards.items())
-    # Whitened over the whole batch: every group of the sum has mean 0, so only the std is left to divide by.
+    # Whitened over the whole batch: every group of the sum has mean 0, so only the std is left to
+    # divide by.
     return total / (total.std() + eps)  # (G3)
 
 
-# ---------------------------------------------------------------- the objective
+# ------------------------------------------------ the objective
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Per-token estimate of KL(policy||ref), any shape -> same shape, >= 0. The reference gets no gradient.
+    """Per-token estimate of KL(policy||ref), any shape -> same shape, >= 0. The reference gets no
+    gradient.
 
     Source: J. Schulman, "Approximating KL Divergence" (2020), estimator k3.
 
-    >>> kl_k3(torch.tensor([1.0]).log(), torch.tensor([2.0]).log()).round(decimals=4)  # 2 - ln 2 - 1
-    tensor([0.3069])
+    >>> kl_k3(torch.tensor(1.0).log(), torch.tensor(2.0).log()).round(decimals=4)  # 2 - ln 2 - 1
+    tensor(0.3069)
     """
     d = at_least_float32(ref_logprobs.detach()) - at_least_float32(logprobs)
+    d = d.clamp(-LOG_LIMIT, LOG_LIMIT)
     return torch.expm1(d) - d  # (G6)
 
 
@@ -170,18 +186,22 @@ def token_objective(
     kl_coef: float = 0.02,
     level: str = "token",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss, ratio and k3 of every token, (N,T) each; finite at invalid positions, whatever stands there."""
+    """Loss, ratio and k3 of every token, (N,T) each; finite at invalid positions, whatever stands
+    there."""
     valid, dtype = mask > 0, at_least_float32(logprobs).dtype
 
     def clean(x: Tensor) -> Tensor:
-        # Inputs are replaced, not results: the gradient of a result that is discarded is 0 * nan = nan.
+        # Inputs are replaced, not results: the gradient of a result that is discarded is 0 * nan
+        # = nan.
         return torch.where(valid, x.to(dtype), 0.0)
 
-    new, old, advantages = clean(logprobs), clean(old_logprobs.detach()), clean(advantages.detach()[:, None])
-    ratio = (new - old).exp()  # (G4)
+    new, old = clean(logprobs), clean(old_logprobs.detach())
+    advantages = clean(advantages.detach()[:, None])
+    log_ratio = new - old
     if level == "sequence":
         length = valid.sum(1, keepdim=True).clamp(min=1)
-        ratio = ((new - old).sum(1, keepdim=True) / length).exp().expand_as(new)  # (G5)
+        log_ratio = (log_ratio.sum(1, keepdim=True) / length).expand_as(new)  # (G5)
+    ratio = log_ratio.clamp(-LOG_LIMIT, LOG_LIMIT).exp()  # (G4)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -torch.min(ratio * advantages, clipped * advantages)  # (G7)
     kl = None if ref_logprobs is None else kl_k3(new, clean(ref_logprobs))
@@ -190,15 +210,19 @@ def token_objective(
     return loss, ratio, kl
 
 
-def reduce_tokens(per_token: Tensor, mask: Tensor, reduction: str = "token", max_tokens: int | None = None) -> Tensor:
+def reduce_tokens(
+    per_token: Tensor, mask: Tensor, reduction: str = "token", max_tokens: int | None = None
+) -> Tensor:
     """(N,T) -> one number over the valid tokens. A row without any adds 0 and still counts in N.
 
-    "token" weighs all tokens alike (DAPO, arXiv:2503.14476); "sequence" all sequences, so that a long one's tokens
-    weigh less (GRPO); "constant" divides by N * max_tokens whatever the lengths (Dr. GRPO), max_tokens=None means T.
-    Raises ValueError for an unknown reduction or max_tokens < 1.
+    "token" weighs all tokens alike (DAPO, arXiv:2503.14476); "sequence" all sequences, so that a
+    long one's tokens weigh less (GRPO); "constant" divides by N * max_tokens whatever the lengths
+    (Dr. GRPO), max_tokens=None means T. Raises ValueError for an unknown reduction or max_tokens
+    < 1.
 
+    6/3, 5/2 and 6/4:
     >>> x, mask = torch.tensor([[1.0, 1.0], [4.0, 9.0]]), torch.tensor([[1, 1], [1, 0]])
-    >>> [reduce_tokens(x, mask, reduction).item() for reduction in ("token", "sequence", "constant")]  # 6/3, 5/2, 6/4
+    >>> [reduce_tokens(x, mask, how).item() for how in ("token", "sequence", "constant")]
     [2.0, 2.5, 1.5]
     """
     check_choice("reduction", reduction, ("token", "sequence", "constant"))
@@ -208,8 +232,9 @@ def reduce_tokens(per_token: Tensor, mask: Tensor, reduction: str = "token", max
     kept = torch.where(valid, at_least_float32(per_token), 0.0)
     if reduction == "sequence":
         return (kept.sum(1) / valid.sum(1).clamp(min=1)).sum() / max(rows, 1)  # (G9)
-    count = valid.sum().clamp(min=1) if reduction == "token" else max(rows * (max_tokens or width), 1)
-    return kept.sum() / count  # (G9)
+    if reduction == "token":
+        return kept.sum() / valid.sum().clamp(min=1)  # (G9)
+    return kept.sum() / max(rows * (max_tokens or width), 1)  # (G9)
 
 
 def grpo_loss(
@@ -228,14 +253,16 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss to minimise and its metrics, from log-probs (N,T), advantages (N,) and mask (N,T).
 
-    clip_high=None means clip_low; a larger one lets improbable tokens grow (DAPO). level: "token" is GRPO, "sequence"
-    GSPO (arXiv:2507.18071). reduction and max_tokens: see reduce_tokens. Only logprobs get a gradient.
-    Metrics, means over valid tokens: ratio; clip_low and clip_high, the shares of ratios below and above the clip
-    range; kl (k3), when ref_logprobs are given. Raises ValueError for shapes that differ or an unknown name.
+    clip_high=None means clip_low; a larger one lets improbable tokens grow (DAPO). level: "token"
+    is GRPO, "sequence" GSPO (arXiv:2507.18071). reduction and max_tokens: see reduce_tokens. Only
+    logprobs get a gradient. Metrics, means over valid tokens: ratio; clip_low and clip_high, the
+    shares of ratios below and above the clip range; kl (k3), when ref_logprobs are given. Raises
+    ValueError for shapes that differ or an unknown name.
 
     >>> old = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
-    >>> new = torch.tensor([[0.75, 0.5], [0.75, 0.0]]).log()  # ratios 1.5 and 1 for A = 1, 1.5 for A = -1
-    >>> loss, metrics = grpo_loss(new, old, None, torch.tensor([1.0, -1.0]), torch.tensor([[1, 1], [1, 0]]))
+    >>> new = torch.tensor([[0.75, 0.5], [0.75, 0.0]]).log()  # ratios 1.5, 1 (A = 1), 1.5 (A = -1)
+    >>> advantages, mask = torch.tensor([1.0, -1.0]), torch.tensor([[1, 1], [1, 0]])
+    >>> loss, metrics = grpo_loss(new, old, None, advantages, mask)
     >>> round(loss.item(), 4)  # (-1.2 - 1 + 1.5) / 3: the gain is clipped, the harm is not
     -0.2333
     >>> {name: round(value.item(), 2) for name, value in metrics.items()}
@@ -244,8 +271,9 @@ def grpo_loss(
     check_choice("level", level, ("token", "sequence"))
     if logprobs.ndim != 2:
         raise ValueError(f"logprobs has shape {tuple(logprobs.shape)}, expected (N, T)")
-    for name, x in {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "mask": mask}.items():
-        check_shape(name, x, logprobs.shape, "the (N, T) of logprobs")
+    check_shape("old_logprobs", old_logprobs, logprobs.shape, "the (N, T) of logprobs")
+    check_shape("ref_logprobs", ref_logprobs, logprobs.shape, "the (N, T) of logprobs")
+    check_shape("mask", mask, logprobs.shape, "the (N, T) of logprobs")
     check_shape("advantages", advantages, logprobs.shape[:1], "one per sequence")
     high = clip_low if clip_high is None else clip_high
     inputs = (logprobs, old_logprobs, ref_logprobs, advantages, mask)
@@ -257,12 +285,30 @@ def grpo_loss(
     return reduce_tokens(per_token, mask, reduction, max_tokens), metrics
 
 
-# ---------------------------------------------------------------- controls: the same rewards, without GRPO
+@torch.no_grad()
+def look_back(policy, reference, layout, hidden, ref_hidden, targets, temperature=1.0):
+    """What the policy that has just sampled, and the frozen base, think of each token, from the
+    states (N,T,C) of both: old_logprobs, ref_logprobs, exact KL and entropy, (N,T) each, in
+    nats."""
+
+    def all_logprobs(model, states):
+        logits = matmul(states.flatten(0, 1), allowed_head(model, layout).T.to(states.dtype))
+        return (logits / temperature).log_softmax(-1).unflatten(0, targets.shape)
+
+    new, ref = all_logprobs(policy, hidden), all_logprobs(reference, ref_hidden)
+    p = new.exp()
+    kl, entropy = (p * (new - ref)).sum(-1), -(p * new).sum(-1)  # (G10)
+    old_logprobs, ref_logprobs = (x.gather(-1, targets[..., None])[..., 0] for x in (new, ref))
+    return old_logprobs, ref_logprobs, kl, entropy
+
+
+# ------------------------------------------------ controls: the same rewards, without GRPO
 
 
 def best_and_worst(rewards: Tensor, margin: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Rewards (B,G) -> row numbers, in the B*G candidates, of the best and the worst of every group whose rewards are further
-    than `margin` apart, (K,) each: below it, the best is no better than the others."""
+    """Rewards (B,G) -> row numbers, in the B*G candidates, of the best and the worst of every
+    group whose rewards are further than `margin` apart, (K,) each: below it, the best is no
+    better than the others."""
     rewards = checked_rewards(rewards)
     first = torch.arange(len(rewards), device=rewards.device) * rewards.shape[1]
     spread = rewards.amax(1) - rewards.amin(1) > margin
@@ -270,12 +316,15 @@ def best_and_worst(rewards: Tensor, margin: float = 0.1) -> tuple[Tensor, Tensor
 
 
 def rejection_loss(logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
-    """Rejection-sampling fine-tuning: next-token learning on the best candidate of every group, and nothing else.
+    """Rejection-sampling fine-tuning: next-token learning on the best candidate of every group,
+    and nothing else.
 
-    logprobs, ref_logprobs (not used) and mask (N,T), rewards (B,G) with N = B*G -> loss. 0 where no group has a spread.
+    logprobs, ref_logprobs (not used) and mask (N,T), rewards (B,G) with N = B*G -> loss. 0 where
+    no group has a spread.
 
     >>> logprobs = torch.tensor([[0.5], [0.2], [0.1], [0.3]]).log()
-    >>> loss = rejection_loss(logprobs, logprobs, torch.tensor([[0.0, 1.0], [2.0, 2.0]]), torch.ones(4, 1))
+    >>> rewards = torch.tensor([[0.0, 1.0], [2.0, 2.0]])
+    >>> loss = rejection_loss(logprobs, logprobs, rewards, torch.ones(4, 1))
     >>> round(loss.item(), 4)  # -log 0.2
     1.6094
     """
@@ -283,150 +332,59 @@ def rejection_loss(logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, mask
     return -reduce_tokens(logprobs[best], mask[best])  # (G11)
 
 
-def dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, mask: Tensor, beta: float = 0.1) -> Tensor:
-    """Direct preference optimization on one pair a group, its best against its worst candidate. Source: arXiv:2305.18290.
+def dpo_loss(
+    logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, mask: Tensor, beta: float = 0.1
+) -> Tensor:
+    """Direct preference optimization on one pair a group, its best against its worst candidate.
+    Source: arXiv:2305.18290.
 
-    logprobs, ref_logprobs, mask (N,T), rewards (B,G) with N = B*G -> loss. 0 where no group has a spread.
+    logprobs, ref_logprobs, mask (N,T), rewards (B,G) with N = B*G -> loss. 0 where no group has a
+    spread.
 
     >>> new, ref = torch.tensor([[0.5], [0.1]]).log(), torch.tensor([[0.25], [0.2]]).log()
-    >>> round(dpo_loss(new, ref, torch.tensor([[1.0, 0.0]]), torch.ones(2, 1), beta=0.5).item(), 4)  # -log sigmoid(log 4 / 2)
+    >>> loss = dpo_loss(new, ref, torch.tensor([[1.0, 0.0]]), torch.ones(2, 1), beta=0.5)
+    >>> round(loss.item(), 4)  # -log sigmoid(log 4 / 2)
     0.4055
     """
     valid = mask > 0
-    gain = (torch.where(valid, logprobs, 0.0) - torch.where(valid, ref_logprobs.detach(), 0.0)).sum(1)
+    gain = torch.where(valid, logprobs - ref_logprobs.detach(), 0.0).sum(1)
     best, worst = best_and_worst(rewards)
     return -F.logsigmoid(beta * (gain[best] - gain[worst])).sum() / max(len(best), 1)  # (G12)
 
 
-# ---------------------------------------------------------------- baselines: objectives on representations, beside the next token
+# ------------------------------------------------ baselines: objectives on representations
 
 
-def contrastive_loss(model: Transformer, vocab: Vocabulary, codes: Tensor, texts: list[str], rng, scale: float = 10.0) -> Tensor:
-    """CLIP-style alignment of the policy itself: the mean state of a picture, read alone, and of its caption, read alone,
-    attract each other. codes (N,P), N texts -> loss. Equal captions are positives of each other. Source: arXiv:2103.00020."""
-    pictures = vocab.batch([Example("caption", None, "", "")] * len(texts), codes, codes.device)
-    words = vocab.batch([Example("draw", None, text, "") for text in texts], codes, codes.device)
-
-    def pooled(batch: Batch, where: Tensor) -> Tensor:
-        end = int(where.any(0).nonzero().max()) + 1
-        states = model(batch.tokens[:, :end].clamp(min=0), batch.patch[:, :end]).float()
-        return F.normalize((states * where[:, :end, None]).sum(1), dim=-1)
-
-    image = pooled(pictures, pictures.patch >= 0)
-    text = pooled(words, (words.tokens >= EOS) & (words.tokens < vocab.n_text))
-    logits, ids = scale * matmul(image, text.T), torch.tensor([texts.index(t) for t in texts], device=codes.device)
-    right = logits.masked_fill(ids[:, None] != ids, -torch.inf)
+def contrastive_loss(model: Transformer, vocab, examples, codes: Tensor, scale=10.0) -> Tensor:
+    """CLIP-style alignment of the policy itself: the mean state of a picture, read alone, and of
+    its text, read alone, attract each other. N examples with texts, codes (N,P) -> loss. Equal
+    texts are positives of each other. Source: arXiv:2103.00020."""
+    texts = [e._replace(prompt=e.prompt or e.answer, answer="") for e in examples]
+    means = []
+    for task, kind in (("caption", "picture"), ("draw", "prompt")):
+        rows, layout = vocab.rows(task, texts, codes), vocab.layout(task, codes.device)
+        _, start, end, _ = next(span for span in layout.spans if span.kind == kind)
+        states = at_least_float32(model(rows[:, :end], layout.patch[:end])[:, start:end])
+        valid = (rows[:, start:end] != PAD)[..., None]
+        means.append(F.normalize((states * valid).sum(1), dim=-1))
+    logits = scale * matmul(means[0], means[1].T)
+    words = rows[:, start:end]
+    different = (words[:, None] != words).any(-1)
+    right = logits.masked_fill(different, -torch.inf)
     return sum(0.5 * (logits.logsumexp(d) - right.logsumexp(d)).mean() for d in (0, 1))  # (G13)
 
 
-def masked_code_loss(model: Transformer, vocab: Vocabulary, codes: Tensor, texts: list[str], rng, share: float = 0.4) -> Tensor:
-    """BEiT-style: a share of a picture's codes is hidden, and predicted from the codes on both sides: inside the picture
-    attention is not causal. codes (N,P) -> loss; texts are not used. rng: random.Random. Source: arXiv:2106.08254."""
-    batch = vocab.batch([Example("caption", None, "", "")] * len(codes), codes, codes.device)
-    inside = batch.patch[0] >= 0
-    end = int(inside.nonzero().max()) + 1
-    tokens, inside = batch.tokens[:, :end], inside[:end]
-    hidden = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(rng.getrandbits(60))).to(codes.device) < share
-    hidden &= inside
-    look = torch.ones(end, end, dtype=torch.bool, device=codes.device).tril() | (inside[:, None] & inside)
-    states = model(tokens.masked_fill(hidden, PAD), batch.patch[:, :end], mask=look)[hidden]
+def masked_code_loss(model: Transformer, vocab, examples, codes: Tensor, share=0.4) -> Tensor:
+    """BEiT-style: a share of a picture's codes is hidden, and predicted from the codes on both
+    sides; inside the picture attention is two-way. codes (N,P) -> loss; texts are not used.
+    Source: arXiv:2106.08254."""
+    layout = vocab.layout("caption", codes.device)
+    _, start, end, _ = next(span for span in layout.spans if span.kind == "picture")
+    rows = vocab.rows("caption", [e._replace(answer="") for e in examples], codes)[:, :end]
+    inside = layout.patch[:end] >= 0
+    hidden = (torch.rand(rows.shape, device=rows.device) < share) & inside
+    causal = torch.ones(end, end, dtype=torch.bool, device=rows.device).tril()
+    visible = causal | (inside[:, None] & inside)
+    states = model(rows.masked_fill(hidden, PAD), layout.patch[:end], mask=visible)[hidden]
     logits = matmul(states, model.head[vocab.n_text :].T.to(states.dtype))
-    return F.cross_entropy(logits, tokens[hidden] - vocab.n_text)  # (G14)
-
-
-# ---------------------------------------------------------------- one step: sample and reward, then the loss
-
-
-@dataclass
-class Rollout:
-    """B templates of one task and G candidates for each, rewarded. A candidate's tail is all from its first chosen token
-    on; N = B*G, T tokens in the longest tail."""
-
-    task: str
-    batch: Batch  # the B templates
-    tail: Tensor  # (N, T) filled
-    patch: Tensor  # (N, T)
-    lo: Tensor  # (N, T) allowed range
-    hi: Tensor
-    mask: Tensor  # (N, T) bool: the policy chose it
-    rewards: Tensor  # (B, G)
-    parts: dict  # name: (B, G), what the rewards are made of
-    stats: dict  # numbers for the log
-    old_logprobs: Tensor | None = None  # (N, T); the first pass of rollout_loss fills them in
-    ref_logprobs: Tensor | None = None
-
-
-def finished(x):
-    """Wait until a tensor is there, so that the clock times what made it."""
-    if x.is_cuda:
-        torch.cuda.synchronize()
-
-
-def rollout(policy, batch, group_size, reward_fn, vocab, generator=None, temperature=1.0, task="", keep=None):
-    """Sample G candidates for each of the templates of a Batch, reward them, and keep the `keep` templates (all, if None)
-    whose rewards have the widest spread: a group of equal candidates teaches nothing (DAPO's dynamic sampling, arXiv:2503.14476).
-
-    reward_fn(repeated batch, tokens (N, L)) -> (rewards (B, G), dict of parts (B, G)). The stats are of all that was sampled."""
-    clock = [time.perf_counter()]
-    tokens = sample(policy, batch, vocab, generator, temperature, group=group_size)
-    finished(tokens)
-    clock.append(time.perf_counter())
-    repeated = batch.repeat(group_size)
-    with torch.autocast(tokens.device.type, enabled=False):  # in float32, as its validity is measured
-        rewards, parts = reward_fn(repeated, tokens)
-    clock.append(time.perf_counter())
-    filled = repeated.pack(tokens)
-    start, _, length = first_choices(filled)
-    mask = tails(filled.mask, start, length, False)
-    spread = rewards.amax(1) - rewards.amin(1)
-    stats = {f"reward_{task}": rewards.mean(), f"zero_spread_{task}": (spread < 1e-6).float().mean(),
-             f"length_{task}": mask.sum(1).float().mean(), "tokens": mask.sum()}  # fmt: skip
-    stats |= {f"{task}_{name}": value.mean() for name, value in parts.items()}
-    stats = {name: float(value) for name, value in stats.items()}
-    stats |= {"seconds_sample": clock[1] - clock[0], "seconds_reward": clock[2] - clock[1]}
-    best = spread.topk(min(keep or len(spread), len(spread))).indices.sort().values
-    rows = (best[:, None] * group_size + torch.arange(group_size, device=best.device)).flatten().to(tokens.device)
-    mask = mask[rows]
-    longest = int(mask.any(0).nonzero().max()) + 1
-    tail, patch, lo, hi = (tails(x, start, longest)[rows] for x in (filled.target, filled.patch, filled.lo, filled.hi))
-    kept = Batch(*(x[best.to(x.device)] for x in batch))
-    rewards, parts = rewards[best].to(mask.device), {name: value[best].to(mask.device) for name, value in parts.items()}
-    return Rollout(task, kept, tail, patch, lo, hi, mask[:, :longest], rewards, parts, stats)
-
-
-def score(hidden, head, chosen, lo, hi, temperature):
-    """hidden (M, C) of M chosen tokens -> all log-probs over the allowed ids, (M, V), and those of the chosen ids, (M,)."""
-    logits = matmul(hidden, head.T.to(hidden.dtype)) / temperature
-    ids = torch.arange(head.shape[0], device=head.device)
-    logits = logits.masked_fill((ids < lo[..., None]) | (ids >= hi[..., None]), -1e9)  # finite: 0 * log 0 below is 0
-    everything = logits.log_softmax(-1)
-    return everything, everything.gather(-1, chosen[..., None])[..., 0]
-
-
-@torch.no_grad()
-def look_back(policy, reference, r, hidden, temperature):
-    """Fill in what the policy that sampled, and the frozen base, said to each chosen token. The policy has not moved since:
-    the states (N, T, C) of its first update are those it sampled from, and no further pass is needed for them."""
-    finished(hidden)
-    start, m = time.perf_counter(), r.mask
-    ref_hidden = completion_states(reference, r.batch, r.tail, r.patch)
-    scored = [score(h[m], model.head, r.tail[m], r.lo[m], r.hi[m], temperature) for h, model in ((hidden, policy), (ref_hidden, reference))]
-    (every, old), (ref_every, ref) = scored
-    r.old_logprobs, r.ref_logprobs = (x.new_zeros(m.shape).masked_scatter(m, x) for x in (old, ref))
-    r.stats |= {f"kl_{r.task}": float((every.exp() * (every - ref_every)).sum(-1).mean()),  # (G10)
-                f"entropy_{r.task}": float(-(every.exp() * every).sum(-1).mean()),  # (G10)
-                "seconds_score": time.perf_counter() - start}  # fmt: skip
-
-
-def rollout_loss(policy, reference, r, loss_fn, *, advantages=None, temperature=1.0, **objective):
-    """The GRPO loss of one task's rollout under the current policy: (loss, metrics). What is sampled is what is scored:
-    log-probs are over the same allowed ids and at the same temperature as in sampling.
-
-    loss_fn is kernels.fused_linear_grpo_loss or anything with its arguments; objective goes to it (clip_low, kl_coef,
-    reduction, scale, ...). advantages (N,) replace the group advantages of r.rewards, when given."""
-    hidden = completion_states(policy, r.batch, r.tail, r.patch)
-    if r.old_logprobs is None:
-        look_back(policy, reference, r, hidden.detach(), temperature)
-    reward = {"rewards": r.rewards} if advantages is None else {}
-    return loss_fn(hidden, policy.head, r.tail, r.old_logprobs, r.ref_logprobs, advantages, r.mask,
-                   lo=r.lo, hi=r.hi, temperature=temperature, **reward, **objective)  # fmt: skip
+    return F.cross_entropy(logits, rows[hidden] - vocab.n_text)  # (G14)

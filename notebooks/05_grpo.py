@@ -1,8 +1,9 @@
 # %% [markdown]
 # # 05 · GRPO by hand
 #
-# **You will see** every part of the loss on numbers small enough to redo on paper: groups, advantages, ratio, clip, KL; why
-# the loss is 0 while the model learns; how many groups teach nothing; and which patch of a picture deserves the credit.
+# **You will see** every part of the loss on numbers small enough to redo on paper: groups,
+# advantages, ratio, clip, KL; why the loss is 0 while the model learns; how many groups teach
+# nothing; and which patch of a picture deserves the credit.
 #
 # From `grpo.py`. Two planted bugs are waiting.
 
@@ -16,19 +17,18 @@ import numpy as np
 import torch
 from course import BLUE, GREEN, GREY, RED
 
-from eval import WorldJudge, decode
-from grpo import group_advantages, grpo_loss, kl_k3, rollout, rollout_loss
-from kernels import fused_linear_grpo_loss
-from model import sample
+from eval import WorldJudge
+from grpo import group_advantages, grpo_loss, kl_k3
+from model import outputs, sample
 from train import make_optimizers
 
-course.start(minutes=0.5)
+course.start(minutes=0.7)
 
 # %% [markdown]
 # ## A group grades itself
 #
-# Four candidates for one prompt, four rewards. (G1): A = (r − mean of the group) / (std of the group + eps). No value network:
-# the siblings are the baseline.
+# Four candidates for one prompt, four rewards. (G1): A = (r − mean of the group) / (std of the
+# group + eps). No value network: the siblings are the baseline.
 
 # %%
 def advantages(rewards):
@@ -39,26 +39,32 @@ def advantages(rewards):
 course.check(advantages)
 
 # %% [markdown]
-# > **Predict.** Advantages of [1, 1, 0, 0]? Of [1, 0, 0, 0]? Of [5, 5, 5, 5]? Of [0.501, 0.500, 0.500, 0.500]?
+# > **Predict.** Advantages of [1, 1, 0, 0]? Of [1, 0, 0, 0]? Of [5, 5, 5, 5]? Of [0.501, 0.500,
+# > 0.500, 0.500]?
 
 # %%
 rewards = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [5, 5, 5, 5], [0.501, 0.5, 0.5, 0.5]])
 for scale in ("group", "batch", "none"):
-    print(f"scale={scale!r}:", *[str([round(a, 3) for a in row]) for row in group_advantages(rewards, scale).tolist()], sep="\n  ")
+    print(f"scale={scale!r}")
+    for row in group_advantages(rewards, scale).tolist():
+        print("  ", *(f"{a:+7.3f}" for a in row))
 
 # %% [markdown]
-# **Check.** ±0.87, not ±1: the sample std. A lonely success counts 1.5. Equal rewards: exactly 0. And the last row:
-# dividing by the group's std blows a difference of 0.001 up to that of a whole success. That is why this repository divides
-# by the std of the batch.
+# **Check.** With `scale="group"`: ±0.87, not ±1, since it is the sample std. A lonely success
+# counts 1.5. Equal rewards give exactly 0. And the last row: dividing by the group's own std blows
+# a difference of 0.001 up to nearly that of a whole success. `"group"` is the published form and
+# the default of `group_advantages`; `train.py` calls it with `"batch"` (its `--scale`), which
+# divides all groups by the one std of all rewards and so keeps small differences small.
 #
 # ## The clip
 #
-# (G4) ratio = new probability / probability when it was sampled. (G7) the objective stops pushing once the ratio has left
-# [1 − clip_low, 1 + clip_high] *in the direction of the push*.
+# (G4) ratio = new probability / probability when it was sampled. (G7) the objective stops pushing
+# once the ratio has left [1 − clip_low, 1 + clip_high] *in the direction of the push*.
 
 # %%
 def clipped_objective(ratio, advantage, low, high):
-    """Exercise 2: find and mend the planted bug. (G7) without its minus sign: what is to be made large."""
+    """Exercise 2: find and mend the planted bug. (G7) without its minus sign: what is to be made
+    large."""
     clipped = ratio.clamp(1 - low, 1 + high)
     return torch.max(ratio * advantage, clipped * advantage)
 
@@ -66,14 +72,16 @@ def clipped_objective(ratio, advantage, low, high):
 course.check(clipped_objective)
 
 # %% [markdown]
-# > **Predict.** Sketch the objective against the ratio, for A = +1 and for A = −1. Where is it flat?
+# > **Predict.** Sketch the objective against the ratio, for A = +1 and for A = −1. Where is it
+# > flat?
 
 # %%
-ratio = torch.linspace(0.4, 1.8, 281)
+ratio, one = torch.linspace(0.4, 1.8, 281), torch.ones(1, 1)
 figure, axes = plt.subplots(1, 2, figsize=(6.6, 2.5), sharey=True)
 for ax, a in zip(axes, (1.0, -1.0)):
-    x, one = ratio.log()[:, None].requires_grad_(), torch.ones(281, 1)
-    objective = [-grpo_loss(x[i : i + 1], one[:1] * 0, None, torch.tensor([a]), one[:1])[0] for i in range(281)]
+    x = ratio.log()[:, None].requires_grad_()
+    A = torch.tensor([a])
+    objective = [-grpo_loss(x[i : i + 1], 0 * one, None, A, one)[0] for i in range(281)]
     (slope,) = torch.autograd.grad(sum(objective), x)
     y, flat = torch.stack(objective).detach(), slope[:, 0].abs() < 1e-6
     ax.plot(ratio, y, color=BLUE)
@@ -85,12 +93,13 @@ axes[0].set_ylabel("objective")
 plt.show()
 
 # %% [markdown]
-# **Check.** One flat side each. The other side is never clipped: a good token that has become *rarer* and a bad one that
-# has become *likelier* are mistakes, and keep their full gradient. The planted bug silences exactly the mistakes.
+# **Check.** One flat side each. The other side is never clipped: a good token that has become
+# *rarer* and a bad one that has become *likelier* are mistakes, and keep their full gradient.
 #
 # ## The KL penalty
 #
-# (G6) k3 = exp(d) − d − 1 with d = ref − new, per sampled token. Never negative, and right on average.
+# (G6) k3 = exp(d) − d − 1 with d = log p_ref − log p, of each sampled token. Never negative, and
+# right on average.
 
 # %%
 def k3(logprobs, ref_logprobs):
@@ -101,176 +110,227 @@ def k3(logprobs, ref_logprobs):
 course.check(k3)
 
 # %% [markdown]
-# > **Predict.** The obvious estimate of the KL is log p − log p_ref of the sampled token (k1). Which of the two scatters less?
+# > **Predict.** The obvious estimate of the KL is log p − log p_ref of the sampled token (k1).
+# > Which of the two scatters less: always the same one?
 
 # %%
 g = torch.Generator().manual_seed(0)
-ref = torch.randn(50, generator=g)
-new = ref + 0.3 * torch.randn(50, generator=g)
-logp, logref = new.log_softmax(0), ref.log_softmax(0)
-exact = float((logp.exp() * (logp - logref)).sum())
-ids = torch.multinomial(logp.exp(), 20000, replacement=True, generator=g)
-estimates = {"k1": (logp - logref)[ids], "k3": kl_k3(logp, logref)[ids]}
-figure, ax = plt.subplots(figsize=(4.8, 2.3))
-for (name, x), color in zip(estimates.items(), (GREY, BLUE)):
-    ax.hist(x.numpy(), bins=np.linspace(-0.8, 0.8, 65), color=color, alpha=0.75, label=f"{name}: mean {x.mean():.4f}, std {x.std():.3f}")
-ax.axvline(exact, color=RED, linewidth=1.2, label=f"exact KL {exact:.4f}")
-ax.set(xlabel="estimate from one token", yticks=[], title="Both are right on average, k3 scatters less")
-ax.legend(fontsize=8)
+ref, direction = torch.randn(2, 50, generator=g)
+rows = []
+for distance in np.geomspace(0.05, 3, 25):
+    logp, logref = (ref + distance * direction).log_softmax(0), ref.log_softmax(0)
+    p = logp.exp()
+    exact = float((p * (logp - logref)).sum())
+    spreads = []
+    for estimate in (logp - logref, kl_k3(logp, logref)):  # of all 50 tokens: no sampling needed
+        mean = float((p * estimate).sum())
+        assert abs(mean - exact) < 1e-4  # both are right on average
+        spreads.append(float((p * (estimate - mean) ** 2).sum()) ** 0.5)
+    rows.append((exact, *spreads))
+
+# %%
+exact, k1_std, k3_std = np.array(rows).T
+figure, ax = plt.subplots(figsize=(4.8, 2.5))
+ax.loglog(exact, k1_std, color=GREY, label="k1")
+ax.loglog(exact, k3_std, color=BLUE, label="k3")
+better = exact[k3_std < k1_std].max()
+ax.set(xlabel="exact KL, nats", ylabel="std of an estimate from one token",
+       title=f"k3 scatters less near the reference (here: below {better:.1f} nats)")
+ax.legend()
 plt.show()
 
 # %% [markdown]
+# **Check.** Both are right on average (the cell asserts it). Near the reference, where a KL
+# penalty keeps the policy, k3 scatters far less. Far from it k3 scatters *more*: exp(d) is huge
+# where a token became very improbable. That is the spike one sees in training curves.
+#
 # ## “Why is my loss 0?”
 #
-# Now a real model: one object a picture, pre-trained in a quarter of a minute by the loop of notebook 03. The reward of this
-# demonstration is the share of red pixels: any reward would do.
+# Now a real model: one object a picture, pre-trained in seconds by the loop of notebook 03. The
+# reward of this demonstration is the share of red pixels: any reward would do.
 #
-# > **Predict.** Loss and gradient norm of the first update after sampling? And when the *same* samples are used four times?
+# > **Predict.** Loss and gradient norm of the first update after sampling? And when the *same*
+# > samples are used four times?
 
 # %%
 base = course.small_base()
-prompts = course.batch_of(base, [base.source.example(random.Random(i), "draw") for i in range(8)])
+layout = base.vocab.layout("draw")
+examples = [base.source.example(random.Random(i), "draw") for i in range(8)]
+prompts = course.rows(base, "draw", examples)  # (8, L)
+course.show_rows({"a row": course.strip(layout, prompts[0])}, "What is given, and what is sampled")
 
+# %%
+policy, noise = copy.deepcopy(base.model), torch.Generator().manual_seed(0)
+tokens = sample(policy, layout, prompts, group=8, generator=noise)  # (64, L)
+pictures = outputs(layout, tokens, base.vocab, base.codebook)[:, 0]  # (64, S, S, 3)
+rewards = torch.from_numpy((pictures[..., 0] > 200).mean((1, 2))).view(8, 8)
+A = group_advantages(rewards, "batch").flatten()
+with torch.no_grad():
+    old, mask = course.logprobs_of(policy, layout, tokens, group=8)  # (64, 16) each
 
-def redness(filled, tokens):
-    pictures = torch.as_tensor(np.stack(decode(base.vocab, base.codebook, "draw", filled, tokens))).float()
-    return (pictures[..., 0] > 200).float().mean((1, 2)).view(8, -1), {}
-
-
-policy, rows = copy.deepcopy(base.model), []
 optimizers = make_optimizers(policy, 2e-3)
-r = rollout(policy, prompts, 8, redness, base.vocab, torch.Generator().manual_seed(0), task="draw")
-for _ in range(4):
-    loss, metrics = rollout_loss(policy, base.model, r, fused_linear_grpo_loss, kl_coef=0.0)
-    norm = course.update(policy, optimizers, loss, 2e-3)
-    rows.append((float(loss.detach()), norm, float(metrics["ratio"]), float(metrics["clip_low"] + metrics["clip_high"])))
 print("pass     loss   gradient norm   mean ratio   clipped")
-for i, (loss, norm, mean, share) in enumerate(rows):
-    print(f"{i + 1:4}{loss:9.4f}{norm:16.3f}{mean:13.3f}{share:10.1%}")
+for i in range(4):
+    new, _ = course.logprobs_of(policy, layout, tokens, group=8)
+    loss, metrics = grpo_loss(new, old, None, A, mask)
+    norm = course.update(policy, optimizers, loss, 2e-3)
+    clipped = float(metrics["clip_low"] + metrics["clip_high"])
+    print(f"{i + 1:4}{loss.item():9.4f}{norm:16.3f}{metrics['ratio']:13.3f}{clipped:10.1%}")
 
 # %% [markdown]
-# **Check.** First pass: the ratio is exactly 1, so the loss is minus the mean advantage, which is 0 by construction. Its
-# *gradient* is the whole learning signal. Watch the reward, not the loss. From the second pass on the policy has moved, the
-# loss is negative, and some ratios are outside the clip range.
+# **Check.** First pass: the ratio is exactly 1, so the loss is minus the mean advantage, which is
+# 0 by construction. Its *gradient* is the whole learning signal. Watch the reward, not the loss.
+# From the second pass on the policy has moved, the loss is negative, and some ratios are outside
+# the clip range.
 #
 # ## Groups that teach nothing
 #
-# If all candidates of a group get the same reward, every advantage is 0. With a binary reward that is common.
+# If all candidates of a group get the same reward, every advantage is 0. With a binary reward that
+# is common.
 
 # %%
 def zero_spread(p, group_size):
-    """Exercise 4. The chance that all candidates of a group get the same reward, if each is right with probability p."""
+    """Exercise 4. The chance that all candidates of a group get the same reward, if each is right
+    with probability p."""
     raise NotImplementedError
 
 
 course.check(zero_spread)
 
 # %% [markdown]
-# The task: write the caption of a picture, word for word as in the key; a rule, right or wrong. 160 pictures, 16 captions
-# each, which we also read as groups of 8, 4 and 2.
+# The task: write the caption of a picture, word for word as in the key; a rule, right or wrong.
+# 160 pictures, 16 captions each, which we also read as groups of 8, 4 and 2.
 #
-# > **Predict.** About one caption in eight is right. Which share of groups has no spread at G = 2, 4, 8, 16?
+# > **Predict.** About one caption in eight is right. What share of groups has no spread at G = 2,
+# > 4, 8, 16? More or less than if every prompt were equally hard?
 
 # %%
 shown = [base.source.example(random.Random(f"zero/{i}"), "caption") for i in range(160)]
-batch = course.batch_of(base, shown)
-tokens = sample(base.model, batch, base.vocab, torch.Generator().manual_seed(0), group=16)
-texts = decode(base.vocab, base.codebook, "caption", batch.repeat(16), tokens)
-hit = torch.tensor([[texts[16 * i + j] == e.answer for j in range(16)] for i, e in enumerate(shown)]).float()
-sizes, p = (2, 4, 8, 16), float(hit.mean())
-idle = [float((hit.view(160, -1, n).std(2) == 0).float().mean()) for n in sizes]
-alike = [p**n + (1 - p) ** n for n in sizes]
+captions = base.vocab.layout("caption")
+tokens = sample(base.model, captions, course.rows(base, "caption", shown), 16, noise)
+texts = outputs(captions, tokens, base.vocab, base.codebook)
+hit = torch.tensor([text == shown[i // 16].answer for i, text in enumerate(texts)]).float()
+sizes, p, chance = (2, 4, 8, 16), float(hit.mean()), course.use(zero_spread)
+idle = [float((hit.view(-1, n).std(1) == 0).float().mean()) for n in sizes]
+alike = [chance(p, n) for n in sizes]
 figure, ax = plt.subplots(figsize=(4.6, 2.5))
-bars = ax.bar(np.arange(4) - 0.2, idle, 0.4, color=RED, label="measured")
-ax.bar(np.arange(4) + 0.2, alike, 0.4, color=GREY, label=f"if each prompt had p = {p:.2f}")
-ax.bar_label(bars, [f"{x:.0%}" for x in idle], fontsize=8)
-ax.set(xticks=range(4), xticklabels=sizes, xlabel="group size", ylim=(0, 1), title="Groups without any spread: no gradient but the KL's")
+for x, y, color, label in ((-0.2, idle, RED, "measured"),
+                           (0.2, alike, GREY, f"if each prompt had p = {p:.2f}")):
+    bars = ax.bar(np.arange(4) + x, y, 0.4, color=color, label=label)
+    ax.bar_label(bars, [f"{v:.0%}" for v in y], fontsize=7)
+ax.set(xticks=range(4), xticklabels=sizes, xlabel="group size", ylabel="share of groups",
+       ylim=(0, 1), title="Groups without any spread: no gradient but the KL's")
 ax.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# **Check.** The larger the group, the rarer the silence, and the dearer the step. Real groups are silent more often than
-# the formula with one p says, because prompts differ: the easy and the hopeless ones have no spread. (Two experiments that
-# textbooks like show nothing at this size, so they are not here: group size under a *dense* reward, and leaving out the std
-# under Adam, which rescales the gradient anyway.)
+# **Check.** With a larger group fewer groups are uninformative, but each step costs more. Prompts
+# that differ make it worse: your formula is convex in p, so easy and hopeless prompts add more
+# groups without spread than the average ones save (Jensen). `train.py` samples more questions than
+# it keeps, and keeps the groups with the widest spread.
 #
 # ## Who deserves the credit?
 #
-# GRPO gives all 16 tokens of a picture the same advantage. But which token decided? We finish a drawing 128 times from each
-# of its prefixes and ask the judge (here it only explains; nothing is trained on it) how often the finished picture is
-# right.
+# GRPO gives all 16 tokens of a picture the same advantage. But which token decided? We finish a
+# drawing 512 times from each of its prefixes and ask the judge how often the *whole* picture is
+# right. (Here it only explains; nothing is trained on it.)
 
 # %%
-def prefix_values(example, drawing, n=128):
-    """(17,): the chance that a drawing (16,) of codes ends right, given its first 0, 1, ..., 16 codes."""
-    one, values = course.batch_of(base, [example]), []
-    first = int((one.patch[0] >= 0).nonzero()[0])
-    for known in range(16):
-        template = one._replace(tokens=one.tokens.clone())
-        template.tokens[0, first : first + known] = drawing[:known] + base.vocab.n_text
-        filled = sample(base.model, template, base.vocab, torch.Generator().manual_seed(known), group=n)
-        pictures = np.stack(decode(base.vocab, base.codebook, "draw", template.repeat(n), filled))
-        values.append(WorldJudge().draw([example] * n, pictures)[0].mean())
-    last = base.codebook.decode(drawing[None]).numpy()
-    return np.array(values + [float(WorldJudge().draw([example], last)[0][0])])
+def given_prefix(layout, known):
+    """The same row, where the first `known` columns of the picture are given, not chosen."""
+    later = copy.copy(layout)
+    later.chosen, later.columns = layout.chosen.clone(), layout.columns[known:]
+    later.chosen[layout.columns[:known]] = False
+    later.start = later.columns[0]
+    return later
 
 
-example = next(e for e in (base.source.example(random.Random(f"credit/{i}"), "draw") for i in range(99)) if "bottom" in e.prompt)
-batch = course.batch_of(base, [example])
-tokens = sample(base.model, batch, base.vocab, torch.Generator().manual_seed(3), group=16)
-codes = (tokens[:, batch.patch[0] >= 0] - base.vocab.n_text)
-pictures = base.codebook.decode(codes).numpy()
-right = WorldJudge().draw([example] * 16, pictures)[0]
-picked = [int(np.flatnonzero(right)[0]), *np.flatnonzero(~right)[:2].tolist()]
-values = [prefix_values(example, codes[i]) for i in picked]
+def prefix_values(example, row, n=512):
+    """(17,): the chance that a drawing, a row (L,), ends right, given its first 0, 1, ..., 16
+    codes."""
+    values, codes = [], row[layout.chosen]
+    for known in range(17):
+        finished = row[None].repeat(n, 1)
+        if known < 16:
+            noise = torch.Generator().manual_seed(known)
+            finished = sample(base.model, given_prefix(layout, known), row[None], n, noise)
+        assert (finished[:, layout.chosen][:, :known] == codes[:known]).all()  # what is given stays
+        pictures = outputs(layout, finished, base.vocab, base.codebook)
+        assert pictures.shape == (n, 1, 32, 32, 3)  # whole pictures, one for each candidate
+        values.append(WorldJudge().draw([example] * n, pictures).mean())
+    return np.array(values)
+
+# %%
+prefixes = {f"{k} given": given_prefix(layout, k) for k in (0, 5, 15)}
+course.show_rows({name: course.strip(later, prompts[0]) for name, later in prefixes.items()},
+                 "A prefix is given, the rest is sampled")
+samples = (base.source.example(random.Random(f"credit/{i}"), "draw") for i in range(99))
+example = next(e for e in samples if "bottom" in e.prompt)
+tokens = sample(base.model, layout, course.rows(base, "draw", [example]), 16,
+                torch.Generator().manual_seed(3))
+pictures = outputs(layout, tokens, base.vocab, base.codebook)
+right = WorldJudge().draw([example] * 16, pictures)
+picked = [*np.flatnonzero(right)[:1], *np.flatnonzero(~right)[:2]]
+values = [prefix_values(example, tokens[i]) for i in picked]
+assert all(v[16] == right[i] for i, v in zip(picked, values))  # the credits add up to the outcome
 
 # %%
 figure, axes = plt.subplots(2, 4, figsize=(7.4, 3.5), width_ratios=(1, 1, 1, 0.06))
 for column, (i, v) in enumerate(zip(picked, values)):
-    axes[0, column].imshow(pictures[i])
-    title, color = ("right: A > 0 for all 16", GREEN) if right[i] else ("wrong: A < 0 for all 16", RED)
-    axes[0, column].set_title(title, loc="center", color=color)
-    image = axes[1, column].imshow(np.diff(v).reshape(4, 4), cmap="RdBu", vmin=-0.7, vmax=0.7)
-    for y, x in np.ndindex(4, 4):
-        step = np.diff(v).reshape(4, 4)[y, x]
-        axes[1, column].text(x, y, f"{step:+.1f}" if abs(step) > 0.05 else "·", ha="center", va="center", fontsize=8,
-                             color="white" if abs(step) > 0.5 else "black")
+    credit = np.diff(v).reshape(4, 4)
+    title = ("right: A > 0", GREEN) if right[i] else ("wrong: A < 0", RED)
+    axes[0, column].imshow(pictures[i, 0])
+    axes[0, column].set_title(f"{title[0]} for all 16", loc="center", color=title[1])
+    image = axes[1, column].imshow(credit, cmap="RdBu", vmin=-1, vmax=1)
+    for (y, x), c in np.ndenumerate(credit):
+        axes[1, column].text(x, y, f"{c:+.2f}" if abs(c) > 0.1 else "·", ha="center", va="center",
+                             fontsize=8, color="white" if abs(c) > 0.5 else "black")
 for ax in axes.flat:
     ax.axis("off")
 figure.colorbar(image, cax=axes[1, 3], label="credit")
 axes[1, 3].axis("on")
-figure.suptitle(f"“{example.prompt}”: one or two patches decide, all sixteen are paid", fontsize=10, fontweight="bold")
+figure.suptitle(f"“{example.prompt}”", fontsize=10, fontweight="bold")
 plt.show()
+for i, v in zip(picked, values):
+    steps = np.sort(np.abs(np.diff(v)))
+    print(f"{'right' if right[i] else 'wrong'}: from {v[0]:.2f} to {v[16]:.0f};",
+          f"2 of the 16 steps make {steps[-2:].sum() / steps.sum():.0%} of all movement")
 
 # %% [markdown]
-# **Check.** The numbers say by how much each patch changed the chance to end right. Most are 0; the fate of a picture is
-# sealed where an object begins (or does not). GRPO knows nothing of this: it pays all tokens alike and leaves it to many
-# groups to average the innocent ones out. That is its price for having no value network.
+# **Check.** The numbers say by how much each patch changed the chance to end right; they add up to
+# the outcome minus the chance at the start. Most are near 0; the fate of a picture is sealed where
+# an object begins, or should have begun. GRPO knows nothing of this: it pays all tokens alike and
+# leaves it to many groups to average the innocent ones out. That is its price for having no value
+# network.
 #
 # ## Planted bug: the mean
 #
-# Answers end early, and the rest of the row is padding.
+# Answers end early, and the rest of the row is `<pad>`.
 
 # %%
 def token_mean(per_token, mask):
-    """Exercise 5: find and mend the planted bug. (G9), "token": the mean loss of the valid tokens; both (N, T)."""
+    """Exercise 5: find and mend the planted bug. (G9), "token": the mean loss of the valid tokens;
+    both (N, T). 0 where there is none."""
     return (per_token * mask).sum() / mask.numel()
 
 
 course.check(token_mean)
 
 # %% [markdown]
-# > **Predict.** What does the bug do to the size of a step when one long answer joins a batch of short ones?
+# > **Predict.** What does the bug do to the size of a step when one long answer joins a batch of
+# > short ones?
 
 # %%
 for longest in (4, 16, 64):
     mask = torch.arange(longest) < torch.tensor([[3]] * 7 + [[longest]])
-    loss = grpo_loss(torch.zeros(8, longest), torch.zeros(8, longest), None, -torch.ones(8), mask)[0]
-    print(f"longest row {longest:3}: mean of the valid tokens {loss:.2f}, with the bug {mask.float().mean():.2f}")
+    zero = torch.zeros(8, longest)
+    loss, yours = grpo_loss(zero, zero, None, -torch.ones(8), mask)[0], token_mean(zero + 1, mask)
+    print(f"longest row {longest:3}: grpo_loss {loss:.2f}, the function above {yours:.2f}")
 
 # %% [markdown]
-# **Check.** Every token's loss is 1 here, so any mean must be 1. With the bug the learning rate depends on how long the
-# longest row of a batch happens to be. Nothing crashes, and the curves look fine.
+# **Check.** Every token's loss is 1 here, so any mean must be 1. With the bug the learning rate
+# depends on how long the longest row of a batch happens to be. Nothing crashes, and the curves
+# look fine.
 #
 # ## The check cell
 

@@ -1,11 +1,12 @@
 # %% [markdown]
 # # 07 · Kernels: memory, rooflines, fusing
 #
-# **You will see** that the logits are by far the largest thing a language model makes; how a softmax is computed in pieces,
-# without ever holding them; which operations your machine can feed and which starve; and what `kernels.py` makes of all
-# this.
+# **You will see** that the logits are the largest tensor a language model makes; how a softmax is
+# computed in pieces, without ever holding them; which operations your machine can feed and which
+# starve; and what `kernels.py` makes of all this.
 #
-# From `kernels.py`. Everything runs on a CPU; the ideas are those of a GPU, where the numbers are 100 times larger.
+# From `kernels.py`. Everything runs on a CPU; the ideas are those of a GPU, whose numbers are 100
+# times larger.
 
 # %%
 import functools
@@ -18,60 +19,76 @@ from course import BLUE, GREY, RED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo import grpo_loss
-from kernels import composed_loss, fused_linear_grpo_loss, loss_and_gradients, plain_logprobs
+from kernels import fused_linear_grpo_loss
 
-course.start(minutes=0.3)
+course.start(minutes=0.5)
 
 # %% [markdown]
 # ## The largest tensor
 #
-# N sequences of T tokens, hidden states of width C, a vocabulary of V. The loss needs *one* log-prob of each token, but the
-# plain way computes V logits for it. In its backward pass autograd holds three float32 numbers for each: the log-softmax,
-# its gradient, and the gradient of the logits.
+# N sequences of T tokens, hidden states of width C, a vocabulary of V. The loss needs *one*
+# log-prob of each token, but the plain way computes V logits for it. In its backward pass autograd
+# holds three float32 numbers for each of them: the log-softmax, its gradient, and the gradient of
+# the logits.
 
 # %%
 def logits_bytes(n, t, v):
-    """Exercise 1. Bytes that the backward pass of the plain way holds for the logits of N sequences of T tokens, V ids."""
+    """Exercise 1. Bytes that the backward pass of the plain way holds for the logits of N sequences
+    of T tokens, V ids."""
     raise NotImplementedError
 
 
 course.check(logits_bytes)
 
 # %% [markdown]
-# > **Predict.** In GB: this repository's GPU preset (512 pictures of 64 codes, 1,500 ids)? A model of 8 billion parameters
-# > on 16 texts of 1,024 tokens, 128,256 ids? For comparison, its hidden states are 16 × 1,024 × 4,096 numbers.
+# > **Predict.** In GB: this repository's GPU preset (512 pictures of 64 codes, 1,500 ids)? A model
+# > of 8 billion parameters on 16 texts of 1,024 tokens, 128,256 ids? Is that more than its
+# > weights, or more than what its optimizer keeps?
 
 # %%
-sizes = {"cpu preset": (128, 16, 272), "gpu preset": (512, 64, 1500), "8 B model": (16, 1024, 128256)}
-for name, (n, t, v) in sizes.items():
-    print(f"{name:11} {n * t:6,} tokens x {v:7,} ids x 12 bytes = {12 * n * t * v / 1e9:7.3f} GB")
-print(f"{'':11} hidden states of the 8 B model in bf16: {16 * 1024 * 4096 * 2 / 1e9:.3f} GB")
+held, rest = course.use(logits_bytes), 0.0
+for name, n, t, v in (("cpu preset", 128, 16, 100), ("gpu preset", 512, 64, 1500),
+                      ("8 B model", 16, 1024, 128256)):
+    print(f"{name:11}{n * t:7,} tokens x {v:7,} ids: {held(n, t, v) / 1e9:8.3f} GB for the logits")
+for what, numbers, size in (("weights, bf16", 8e9, 2), ("gradients, bf16", 8e9, 2),
+                            ("two moments of Adam, float32", 2 * 8e9, 4),
+                            ("states of 32 layers, bf16", 32 * 16 * 1024 * 4096, 2)):
+    rest += numbers * size / 1e9
+    print(f"{'':11}{what:36}{numbers * size / 1e9:8.3f} GB")
+logits = held(16, 1024, 128256) / 1e9
+print(f"the 8 B model: logits {logits:.0f} GB, the rest {rest:.0f} GB")
 
 # %% [markdown]
-# **Check.** 25 GB against 0.13: the last layer costs more memory than all the rest of the step.
+# **Check.** One layer, the last, takes more than all weights, and more than the hidden states of
+# all layers together; the optimizer's moments are larger still. But weights and moments are
+# needed, and the logits are not: of V numbers a token the loss uses one. (With LoRA or a sharded
+# optimizer the logits *are* the largest part.)
 #
 # ## A softmax in pieces
 #
-# The normaliser of a softmax is log Σ exp(z). It can be had piece by piece: keep the largest logit so far, and the sum
-# relative to it.
+# The normaliser of a softmax is log Σ exp(z). It can be had piece by piece: keep the largest logit
+# so far, and the sum relative to it.
 
 # %%
 def online_logsumexp(chunks):
-    """Exercise 2. A sequence of logits (m, v), pieces of one row after another -> log sum exp over all of them, (m,).
+    """Exercise 2. An iterable of logits (m, v), pieces of the same rows one after another -> log
+    sum exp over all of them, (m,). Only one piece is in memory at a time.
 
-    Keep two numbers a row: the maximum so far, and the sum of exp(z - maximum). When the maximum moves, rescale the sum."""
+    Keep two numbers a row: the maximum so far, and the sum of exp(z - maximum). When the maximum
+    moves, rescale the sum."""
     raise NotImplementedError
 
 
 course.check(online_logsumexp)
 
 # %% [markdown]
-# Then the gradient. What does a logit have to do to raise the log-prob of the chosen id? (K4) answers without autograd, and
-# so nothing needs to be kept.
+# Then the gradient. What does a logit have to do to raise the log-prob of the chosen id? (K3)
+# answers without autograd, and with nothing but the probabilities.
 
 # %%
 def logprob_gradient(logits, tokens):
-    """Exercise 3. (K4): logits (m, V), chosen ids (m,) -> d logprob[i, tokens[i]] / d logits, (m, V)."""
+    """Exercise 3. logits (m, V), chosen ids (m,) -> the derivative of the sum of their log-probs by
+    the logits, (m, V)."""
     raise NotImplementedError
 
 
@@ -80,11 +97,12 @@ course.check(logprob_gradient)
 # %% [markdown]
 # ## What is really made
 #
-# We watch every tensor that PyTorch makes during loss and gradients, in both ways: `plain` is what autograd does, `fused`
-# works through the tokens in chunks of 64, takes the gradient at once (each token's depends on that token alone) and drops
-# the chunk.
+# We watch every tensor that PyTorch makes during loss and gradients, in both ways. `plain` is what
+# autograd does. `fused` works through the tokens in chunks, takes the gradient of a chunk at once
+# (a token's depends on that token alone) and drops it.
 #
-# > **Predict.** A vocabulary of 4,000, and batches of 64 to 4,096 tokens: how does the largest tensor grow in each?
+# > **Predict.** A vocabulary of 4,000, and batches of 64 to 4,096 tokens: how does the largest
+# > tensor grow in each?
 
 # %%
 class Largest(TorchDispatchMode):
@@ -100,30 +118,47 @@ class Largest(TorchDispatchMode):
         return result
 
 
+# %%
+def plain_loss(hidden, weight, tokens, *rest):
+    """All logits at once, and autograd."""
+    logprobs = (hidden @ weight.T).log_softmax(-1).gather(2, tokens[..., None])[..., 0]
+    return grpo_loss(logprobs, *rest)
+
+
+def loss_and_gradients(loss_of, hidden, weight, *rest):
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss, _ = loss_of(hidden, weight, *rest)
+    loss.backward()
+    return loss.detach(), hidden.grad, weight.grad
+
+
 def inputs(n, t=64, c=64, v=4000):
+    """What both ways take: hidden, weight, tokens, old and reference log-probs, advantages,
+    mask."""
     g = torch.Generator().manual_seed(n)
     hidden, weight = torch.randn(n, t, c, generator=g), torch.randn(v, c, generator=g) / c**0.5
-    old = torch.full((n, t), -6.0)
-    return hidden, weight, torch.randint(0, v, (n, t), generator=g), old, old, torch.randn(n, generator=g), torch.ones(n, t)
+    tokens, old = torch.randint(0, v, (n, t), generator=g), torch.full((n, t), -6.0)
+    return hidden, weight, tokens, old, old, torch.randn(n, generator=g), torch.ones(n, t)
 
 
 # %%
-ways = {"plain": functools.partial(composed_loss, plain_logprobs), "fused": functools.partial(fused_linear_grpo_loss, chunk_tokens=64)}
-batches, made, spent, apart = (1, 4, 16, 64), {k: [] for k in ways}, {k: [] for k in ways}, []
+ways, batches, apart = {"plain": plain_loss, "fused": fused_linear_grpo_loss}, (1, 4, 16, 64), []
+made, spent = {k: [] for k in ways}, {k: [] for k in ways}
 for n in batches:
-    some, results = inputs(n), []
+    arguments, results = inputs(n), []
     for name, way in ways.items():
         with Largest() as watch:
-            results.append(loss_and_gradients(way, *some))
+            results.append(loss_and_gradients(way, *arguments))
         begin = time.perf_counter()
-        loss_and_gradients(way, *some)
+        loss_and_gradients(way, *arguments)
         spent[name].append(time.perf_counter() - begin)
         made[name].append(4 * watch.numbers / 1e6)
     apart.append(max(float((a - b).abs().max()) for a, b in zip(*results)))
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(7, 2.7))
-for ax, table, label in zip(axes, (made, spent), ("largest tensor, MB", "seconds, loss and gradients")):
+for ax, table, label in ((axes[0], made, "largest tensor, MB"),
+                         (axes[1], spent, "seconds, loss and gradients")):
     for (name, y), color in zip(table.items(), (RED, BLUE)):
         ax.loglog([64 * n for n in batches], y, "o-", color=color, label=name)
     ax.set(xlabel="tokens in the batch", ylabel=label)
@@ -134,31 +169,33 @@ plt.show()
 print("largest difference of loss and gradients:", *(f"{x:.0e}" for x in apart))
 
 # %% [markdown]
-# **Check.** The same numbers up to rounding; the plain way makes tensors as large as the batch, the fused one never more than a
-# chunk (or the gradient of the head, V × C). Whether it is also faster depends on the machine and the size: the work is the
-# same, but large tensors have to go through memory several times, and small chunks do not fill the machine.
+# **Check.** The same numbers up to rounding; the plain way makes tensors as large as the batch,
+# the fused one never more than a chunk, whatever the batch. Whether it is also faster depends on
+# the machine and the size: the work is the same, but large tensors have to go through memory
+# several times, and small chunks do not fill the machine.
 #
 # ## The roofline
 #
-# A machine can do so many operations a second and move so many bytes a second. An operation's **intensity** is how many
-# operations it does for every byte it moves; below a certain intensity the arithmetic units wait for memory.
+# A machine can do so many operations a second and move so many bytes a second. An operation's
+# **intensity** is how many operations it does for every byte it moves; below a certain intensity
+# the arithmetic units wait for memory.
 
 # %%
 def attainable(intensity, peak, bandwidth):
-    """Exercise 4. Operations a second that an operation of this intensity (operations a byte) can reach at best, on a machine
-    with this peak (operations a second) and bandwidth (bytes a second)."""
+    """Exercise 4. Operations a second that an operation of this intensity (operations a byte) can
+    reach at best, on a machine with this peak (operations a second) and bandwidth (bytes a
+    second)."""
     raise NotImplementedError
 
 
 course.check(attainable)
 
 # %% [markdown]
-# > **Predict.** Order by intensity: multiplying two 1,024 × 1,024 matrices; a matrix with one vector (one token is
-# > sampled); a softmax; exp.
+# > **Predict.** Order by intensity: multiplying two 1,024 × 1,024 matrices; a matrix with one
+# > vector (one token is sampled); a softmax; exp.
 
 # %%
-def rate(function, repeats=5):
-    """Best seconds of a few."""
+def best_seconds(function, repeats=5):
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -168,42 +205,54 @@ def rate(function, repeats=5):
 
 
 square, wide, out = torch.randn(1024, 1024), torch.randn(4096, 4096), torch.empty(4096, 4096)
-peak = 2 * 1024**3 / rate(lambda: square @ square)
-bandwidth = 2 * 4 * wide.numel() / rate(lambda: out.copy_(wide))
-work = {"exp": (lambda: torch.exp(wide, out=out), wide.numel(), 8 * wide.numel()),
-        "softmax": (lambda: torch.softmax(wide, 1, out=out), 4 * wide.numel(), 8 * wide.numel())}
+peak = 2 * 1024**3 / best_seconds(lambda: square @ square)
+bandwidth = 2 * 4 * wide.numel() / best_seconds(lambda: out.copy_(wide))
+moved = 8 * wide.numel()
+work = {"exp": (functools.partial(torch.exp, wide, out=out), wide.numel(), moved),
+        "softmax": (functools.partial(torch.softmax, wide, 1, out=out), 4 * wide.numel(), moved)}
 for rows in (1, 8, 64, 512):
     x, y = torch.randn(rows, 4096), torch.empty(rows, 4096)
+    product = functools.partial(torch.mm, x, wide, out=y)
     moved = 4 * (wide.numel() + 2 * x.numel())
-    work[f"matrix · {rows} token{'s' * (rows > 1)}"] = (functools.partial(torch.mm, x, wide, out=y), 2 * rows * wide.numel(), moved)
-points = {name: (flops / moved, flops / rate(function)) for name, (function, flops, moved) in work.items()}
+    work[f"{rows} token{'s' * (rows > 1)}"] = product, 2 * rows * wide.numel(), moved
+points = {name: (flops / moved, flops / best_seconds(function))
+          for name, (function, flops, moved) in work.items()}
 
 # %%
-x = torch.logspace(-1.3, 3, 100)
+roof, x = course.use(attainable), torch.logspace(-1.3, 3, 100).tolist()
+y = [roof(intensity, peak, bandwidth) / 1e9 for intensity in x]
 figure, ax = plt.subplots(figsize=(5.6, 3.2))
-ax.loglog(x, (x * bandwidth).clamp(max=peak) / 1e9, color=GREY)
-ax.fill_between(x, (x * bandwidth).clamp(max=peak) / 1e9, 1e4, color="#f1efe9")
+ax.loglog(x, y, color=GREY)
+ax.fill_between(x, y, 1e4, color="#f1efe9")
 for name, (intensity, reached) in points.items():
-    color = BLUE if "·" in name else RED
+    color = BLUE if "token" in name else RED
     ax.loglog(intensity, reached / 1e9, "o", color=color)
-    ax.annotate(name, (intensity, reached / 1e9), xytext=(6, -10), textcoords="offset points", fontsize=8, color=color)
-ax.set(xlabel="intensity, operations a byte", ylabel="billion operations a second", ylim=(0.1, peak / 1e9 * 3), xlim=(0.05, 2000),
+    ax.annotate(name, (intensity, reached / 1e9), xytext=(6, -10), textcoords="offset points",
+                fontsize=8, color=color)
+ax.set(xlabel="intensity, operations a byte", ylabel="billion operations a second",
+       ylim=(0.1, peak / 1e9 * 3), xlim=(0.05, 2000),
        title=f"Below {peak / bandwidth:.0f} operations a byte, memory decides")
 plt.show()
-print(f"this machine: {peak / 1e9:.0f} billion operations and {bandwidth / 1e9:.1f} billion bytes a second")
+print(f"a second: {peak / 1e9:.0f} billion operations, or {bandwidth / 1e9:.1f} billion bytes")
+slow = [name for name, (intensity, _) in points.items() if intensity < peak / bandwidth]
+print("left of the bend:", ", ".join(slow))
 
 # %% [markdown]
-# **Check.** `exp` and the softmax lie on the slope: they wait for memory, and a faster processor would not help. One token is a
-# matrix *times a vector*: every weight is read for two operations. That is why sampling is slow, and why a group helps: 64
-# candidates read the weights once. (A point a little above the roof: its slope was measured by copying, and reading alone is
-# faster.) On a GPU of the H100 class the bend lies at a few hundred operations a byte, so still more waits for memory.
+# **Check.** Blue is a matrix of 4,096 × 4,096 times so many tokens. One token is a matrix *times a
+# vector*: every weight is read for two operations, so it lies on the slope, waits for memory, and
+# a faster processor would not help. That is why sampling is slow, and why a group helps: 64
+# candidates read the weights once. (A point a little above the roof: the slope was measured by
+# copying, and reading alone is faster. `exp` is far below it: we count as one operation what takes
+# a processor about twenty.) On a GPU of the H100 class the bend lies at a few hundred operations a
+# byte, so that nearly everything but large products waits for memory.
 #
 # ## Fusing
 #
-# The GRPO objective itself is elementwise: ratio, clip, min, mask. On a GPU every such operation is a *kernel*: start it,
-# read everything, do one thing, write everything.
+# The GRPO objective itself is elementwise: ratio, clip, min, mask. On a GPU every such operation
+# is a *kernel*: start it, read everything, do one thing, write everything.
 #
-# > **Predict.** How many operations does `grpo_loss` start, on (N, T) log-probs that are already there? Forward only.
+# > **Predict.** How many operations does `grpo_loss` start, on (N, T) log-probs that are already
+# > there? Forward only.
 
 # %%
 logprobs = torch.randn(512, 64)
@@ -213,10 +262,11 @@ need = 5 * 4 * logprobs.numel() / 1e6
 print(f"{watch.operations} operations; one that did all of it would read {need:.2f} MB once")
 
 # %% [markdown]
-# **Check.** Dozens of operations, each of which reads and writes tensors of that size. On a small batch a GPU spends its time
-# on starting them. `kernels.py` fuses the *large* ones by hand (logits, softmax, gradient), and has `torch.compile` make
-# one GPU kernel of a softmax's steps. Try it: `python kernels.py --device cpu` prints errors first, then times: a fast
-# wrong kernel is worth nothing.
+# **Check.** Many operations, most of which read and write tensors of that size. On a small batch a
+# GPU spends its time on starting them. `kernels.py` fuses the *large* ones by hand (logits,
+# softmax, gradient), and has `torch.compile` make one GPU kernel of a softmax's steps. Try `python
+# kernels.py --device cpu`: it prints its errors against float64, since a fast wrong kernel is
+# worth nothing.
 #
 # ## The check cell
 

@@ -1,11 +1,13 @@
-"""What all notebooks share: the first cell, the look of pictures and figures, one small base model, the checks of exercises.
+"""What all notebooks share: the first cell, figures, a small base model, the check of exercises.
 
-    import course                   # also puts the repository's root on the path: `from grpo import ...` works from here
-    course.start(minutes=1)         # versions, device, expected minutes; seeds; style of figures
-    course.check(my_function)       # runs checks.my_function on random inputs: solved, open, or a hint
-    course.final(f, g, h)           # the last cell: all exercises of a notebook at once
+    import course                # also makes `from grpo import ...` find the repository's files
+    course.start(minutes=1)      # versions, device, expected minutes; seeds; style of figures
+    course.check(my_function)    # tries it on random inputs: solved, open, or a hint
+    course.use(my_function)      # what later cells call: yours if it passes, else the solution
+    course.final(f, g, h)        # the last cell: all exercises of a notebook at once
 """
 
+import importlib.util
 import platform
 import random
 import sys
@@ -13,37 +15,51 @@ import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-import checks  # noqa: E402
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import checks
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
 
-from data import NOISE, Example, Vocabulary, World, noisy_caption, render, sample_scene, true_caption  # noqa: E402
-from kernels import selected_logprobs  # noqa: E402
-from model import Codebook, ModelConfig, Transformer, pick_device  # noqa: E402
-from train import make_optimizers, schedule  # noqa: E402
+from data import (
+    NOISE, PAD, SPECIAL, Example, Vocabulary, World, noisy_caption, pictures_of, render,
+    sample_scene, true_caption)
+from kernels import selected_logprobs
+from model import (
+    Codebook, ModelConfig, Transformer, allowed_head, completion, pick_device)
+from train import make_optimizers, schedule
 
 BLUE, RED, GREEN, GOLD, GREY = "#3568a8", "#c2503a", "#3f8f63", "#c99a2e", "#8a8f98"
-STYLE = {"figure.dpi": 90, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left",
-         "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.8,
-         "axes.prop_cycle": plt.cycler(color=[BLUE, RED, GREEN, GOLD, GREY])}  # fmt: skip
+STYLE = {
+    "figure.dpi": 90, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 10,
+    "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.spines.top": False,
+    "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.8,
+    "axes.prop_cycle": plt.cycler(color=[BLUE, RED, GREEN, GOLD, GREY]),
+}  # fmt: skip
 
 
 def start(minutes):
-    """First cell: what runs here and how long it takes; fixes torch's seed and the look of figures."""
+    """First cell: what runs here and how long it takes; fixes torch's seed and the style of
+    figures."""
     plt.rcParams.update(STYLE)
     torch.manual_seed(0)
-    versions = f"python {platform.python_version()} · torch {torch.__version__} · numpy {np.__version__}"
-    print(f"{versions} · {pick_device('cpu')[0]} · about {minutes:g} min on two cores")
+    python, device = platform.python_version(), pick_device("cpu")[0]
+    versions = f"python {python} · torch {torch.__version__} · numpy {np.__version__}"
+    print(f"{versions} · {device} · about {minutes:g} min on two cores")
+
+
+# ---------------------------------------------------------------- figures
 
 
 def show(pictures, titles=None, columns=8, right=None, title=None, size=1.15):
-    """Pictures (32, 32, 3) uint8 in rows of `columns`, words above each. right: bools, framed green where true, red where not."""
-    rows, words = -(-len(pictures) // columns), [textwrap.wrap(t, max(8, int(17 * size))) for t in titles or ()]
-    lines = sum(max(len(w) for w in words[i : i + columns]) for i in range(0, len(words), columns))
+    """Pictures (32, 32, 3) uint8 in rows of `columns`, words above each. right: bools, framed green
+    where true and red where not."""
+    rows = -(-len(pictures) // columns)
+    words = [textwrap.wrap(t, max(8, int(17 * size))) for t in titles or ()]
+    lines = sum(max(map(len, words[i : i + columns])) for i in range(0, len(words), columns))
     high = rows * size + 0.14 * lines + 0.3 * bool(title)
     figure, axes = plt.subplots(rows, columns, figsize=(size * columns, high), squeeze=False)
     for ax in axes.flat:
@@ -53,59 +69,102 @@ def show(pictures, titles=None, columns=8, right=None, title=None, size=1.15):
         if titles:
             ax.set_title("\n".join(words[i]), fontsize=7, fontweight="normal", loc="center")
         if right is not None:
-            color = GREEN if right[i] else RED
-            ax.add_patch(plt.Rectangle((-1, -1), 33, 33, fill=False, color=color, linewidth=3, clip_on=False))
+            frame = dict(fill=False, color=GREEN if right[i] else RED, linewidth=3, clip_on=False)
+            ax.add_patch(plt.Rectangle((-1, -1), 33, 33, **frame))
     if title:
         figure.suptitle(title, fontsize=10, fontweight="bold")
     plt.show()
 
 
-# ---------------------------------------------------------------- the small base model of notebooks 05 and 06
+COLUMNS = {"marker": "#4a4f58", "word, given": "#d9cba3", "code, given": "#b9cbe4",
+           "word, chosen": GOLD, "code, chosen": BLUE, "<pad>": "#dfdfdb"}  # fmt: skip
+
+
+def strip(layout, tokens=None):
+    """(L,): what every column of a row holds, as a number of COLUMNS; tokens (L,) show its
+    <pad>."""
+    kinds = torch.zeros(layout.length)
+    for span in layout.spans:
+        if span.kind not in SPECIAL:
+            columns = slice(span.start, span.end)
+            kinds[columns] = 1 + (span.kind == "picture") + 2 * layout.chosen[columns]
+    return kinds if tokens is None else kinds.masked_fill(tokens == PAD, 5)
+
+
+def show_rows(strips, title, wide=8.4):
+    """Rows of tokens as coloured strips: {label: strip(layout, tokens)}."""
+    longest = max(map(len, strips.values()))
+    grid = torch.full((len(strips), longest), torch.nan)
+    for row, kinds in zip(grid, strips.values()):
+        row[: len(kinds)] = kinds
+    figure, ax = plt.subplots(figsize=(wide, 0.95 + 0.26 * len(strips)))
+    colors = plt.matplotlib.colors.ListedColormap(COLUMNS.values())
+    ax.pcolormesh(grid, cmap=colors, vmin=-0.5, vmax=5.5, edgecolors="white", linewidth=0.8)
+    ax.set(yticks=np.arange(len(strips)) + 0.5, yticklabels=strips, xlabel="column", title=title)
+    ax.invert_yaxis()
+    squares = [plt.Rectangle((0, 0), 1, 1, color=c) for c in COLUMNS.values()]
+    figure.legend(squares, COLUMNS, ncols=6, loc="outside lower center", fontsize=8)
+    plt.show()
+
+
+# ---------------------------------------------------------------- the small base model of 05 and 06
 
 
 class OneObject(World):
-    """The world with one object a picture: a model of 65,000 parameters learns it in a quarter of a minute."""
+    """The world with one object a picture: a model of 65,000 parameters learns it in seconds."""
+
+    tasks = ("draw", "caption")
 
     def example(self, rng, task, pool="paired", noise=None, split="train"):
         scene = sample_scene(rng, count=1)
         caption = true_caption(rng, scene)
         text = (noisy_caption(rng, caption, noise=noise) if noise else caption).text()
         prompt, answer = (text, "") if task == "draw" else ("", text)
-        return Example(task, render(scene), prompt, answer, (scene, caption))
+        return Example(task, render(scene)[None], prompt, answer, (scene, caption))
 
     def negatives(self, rng, text, n, held_out=True, longest=1):
         return super().negatives(rng, text, n, held_out, longest)
 
 
 def tokens_of(source, n=600):
-    """(codebook, vocabulary) of a source: all patches of n pictures, and the words of the whole world."""
-    pictures = np.stack([source.example(random.Random(f"tokens/{i}"), "draw").picture for i in range(n)])
-    codebook = Codebook.fit(pictures, 1024, patch=8)
-    return codebook, Vocabulary.train(World().texts(random.Random(0), 1500), len(codebook.entries), codebook.side**2)
+    """(codebook, vocabulary): all patches of n pictures of a source, all words of the world."""
+    examples = [source.example(random.Random(f"tokens/{i}"), "draw") for i in range(n)]
+    codebook = Codebook.fit(pictures_of(examples), 1024, patch=8)
+    texts = World().texts(random.Random(0), 2100)
+    return codebook, Vocabulary.build(texts, len(codebook.entries), codebook.side**2)
 
 
-def batch_of(base, examples):
-    """The templates of some examples."""
-    return base.vocab.batch(examples, base.codebook.encode(np.stack([e.picture for e in examples])))
+def rows(base, task, examples):
+    """Examples of one task as rows of tokens (N, L), reference answers included."""
+    return base.vocab.rows(task, examples, base.codebook.encode(pictures_of(examples)))
+
+
+def logprobs_of(model, layout, tokens, group=1):
+    """(log-probs (N, T) of the chosen columns of rows (N, L), completion mask (N, T))."""
+    states, targets, mask = completion(model, layout, tokens, group)
+    return selected_logprobs(states, allowed_head(model, layout), targets), mask
 
 
 def next_token_loss(base, model, rng, n=48, wrong=0.3):
-    """Mean next-token loss of n noisy examples, two drawings to a caption. Captions are more wrong than the default's 0.15, so
-    that something is left to align."""
-    examples = [base.source.example(rng, task, noise=NOISE | {"wrong": wrong}) for task in ("draw", "draw", "caption") * (n // 3)]
-    b = batch_of(base, examples).trim()
-    hidden, mask = model(b.target[:, :-1], b.patch[:, :-1]), b.mask[:, 1:]
-    logprobs = selected_logprobs(hidden, model.head, b.target[:, 1:], lo=b.lo[:, 1:], hi=b.hi[:, 1:])
-    return -logprobs[mask].mean()
+    """Mean next-token loss of n noisy examples, two drawings to a caption. Captions are wrong twice
+    as often as in data.NOISE, so that there is something left to align."""
+    noise, total, tokens = NOISE | {"wrong": wrong}, 0.0, 0
+    for task, count in (("draw", 2 * n // 3), ("caption", n // 3)):
+        examples = [base.source.example(rng, task, noise=noise) for _ in range(count)]
+        logprobs, mask = logprobs_of(model, base.vocab.layout(task), rows(base, task, examples))
+        total, tokens = total - logprobs[mask].sum(), tokens + mask.sum()
+    return total / tokens
 
 
 def small_base(steps=160, lr=4e-3, seed=0):
-    """The pre-training of notebook 03 on drawing and captioning one object: a namespace of model, vocab, codebook, source."""
+    """The pre-training of notebook 03, on drawing and captioning one object: a namespace of model,
+    vocab, codebook, source."""
     source = OneObject()
     codebook, vocab = tokens_of(source)
     torch.manual_seed(seed)
     model = Transformer(ModelConfig(vocab.size, codebook.side, width=48, layers=2))
-    base, optimizers = SimpleNamespace(model=model, vocab=vocab, codebook=codebook, source=source), make_optimizers(model, lr)
+    base = SimpleNamespace(model=model, vocab=vocab, codebook=codebook, source=source)
+    optimizers = make_optimizers(model, lr)
     for step in range(steps):
         loss = next_token_loss(base, model, random.Random(f"{seed}/base/{step}"))
         update(model, optimizers, loss, lr * schedule(step, steps))
@@ -113,7 +172,8 @@ def small_base(steps=160, lr=4e-3, seed=0):
 
 
 def update(model, optimizers, loss, lr):
-    """One step down the gradient of a loss, at a learning rate; returns the norm of the gradient before it was clipped to 1."""
+    """One step down the gradient of a loss, at a learning rate; returns the norm of the gradient
+    before it was clipped to 1."""
     model.zero_grad()
     loss.backward()
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
@@ -128,26 +188,44 @@ def update(model, optimizers, loss, lr):
 
 
 def status(function):
-    """("solved" | "open" | "not yet", hint) of a student's function, by the check of the same name."""
+    """("solved" | "open" | "not yet", hint) of a student's function, by the check of its name."""
     try:
         getattr(checks, function.__name__)(function)
     except NotImplementedError:
         return "open", "write it, then run its cell and this one again"
     except AssertionError as hint:
         return "not yet", str(hint)
-    except Exception as error:  # whatever a student's code raises is shown, with the line it came from
+    except Exception as error:  # whatever a student's code raises is shown, with its line
         line = error.__traceback__
         while line.tb_next:
             line = line.tb_next
-        return "not yet", f"{type(error).__name__} in line {line.tb_lineno} of {line.tb_frame.f_code.co_name}: {error}"
+        where = f"line {line.tb_lineno} of {line.tb_frame.f_code.co_name}"
+        return "not yet", f"{type(error).__name__} in {where}: {error}"
     return "solved", ""
 
 
 def check(function):
-    """Runs the check of one exercise and prints what came of it."""
-    found, hint = status(function)
-    mark = {"solved": "✔", "open": "·", "not yet": "✘"}[found]
-    print(f"{mark} {function.__name__}: {found}" + (f"\n    {hint}" if hint else ""))
+    """Run the check of one exercise and print what came of it."""
+    state, hint = status(function)
+    mark = {"solved": "✔", "open": "·", "not yet": "✘"}[state]
+    print(f"{mark} {function.__name__}: {state}" + (f"\n    {hint}" if hint else ""))
+
+
+def solution(name):
+    """The solution of an exercise, from solutions/."""
+    for path in sorted((HERE / "solutions").glob("*.py")):
+        spec = importlib.util.spec_from_file_location(f"solutions_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise ValueError(f"no exercise is called {name!r}; solutions are in {HERE.name}/solutions")
+
+
+def use(function):
+    """What later cells work with: the student's function if it passes its check, else the
+    solution."""
+    return function if status(function)[0] == "solved" else solution(function.__name__)
 
 
 def final(*functions):
@@ -155,4 +233,5 @@ def final(*functions):
     for function in functions:
         check(function)
     solved = sum(status(function)[0] == "solved" for function in functions)
-    print(f"{solved} of {len(functions)} solved" + ("" if solved == len(functions) else "; solutions are in notebooks/solutions"))
+    where = "" if solved == len(functions) else "; solutions are in notebooks/solutions"
+    print(f"{solved} of {len(functions)} solved{where}")

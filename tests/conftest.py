@@ -1,152 +1,119 @@
-"""Shared by all tests: one thread, a small world, and one finished run of the smoke preset."""
+"""Shared by all tests: one thread, a small world and model, tiny public data, one smoke run."""
 
 import gzip
-import itertools
-import json
 import os
 import random
 import runpy
 import signal
-import struct
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; commands that tests start inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; commands that tests start inherit it
 
-import hypothesis  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from PIL import Image  # noqa: E402
+import hypothesis
+import numpy as np
+import pytest
+import torch
 
-import data  # noqa: E402
-from data import KINDS, TEMPLATES, FashionMNIST, Object, Vocabulary, make_sources, render  # noqa: E402
-from model import Codebook  # noqa: E402
+from data import KINDS, Object, Vocabulary, World, pictures_of, render, render_grid, sample_grid
+from model import Codebook, ModelConfig, Transformer
 
-ROOT = Path(__file__).resolve().parents[1]
-
-# The same examples on every machine, no time limit on any one of them, nothing written beside the sources.
-hypothesis.settings.register_profile("repository", derandomize=True, deadline=None, database=None)
-hypothesis.settings.load_profile("repository")
+ROOT, WORLD = Path(__file__).resolve().parents[1], World()
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.15}  # of numbers near 1
+hypothesis.settings.register_profile("ours", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("ours")  # the same examples everywhere, and no files
 
 
-(WORLD,) = make_sources("synthetic", "", tasks=TEMPLATES)  # with all its tasks
+def lively(vocab, codebook, seed=0, layers=2):
+    """A small model of random weights: initialised layers are identities, and pass too much."""
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(vocab.size, codebook.side, width=32, layers=layers, heads=4))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3) if p.dim() == 2 else torch.nn.init.uniform_(p, 0.5, 1.5)
+    return model
 
 
-def example(rng, task):
-    """One example of any template."""
-    return WORLD.example(rng, task)
+def rows_of(vocab, codebook, task, n, seed=0):
+    """n examples of a task as rows of tokens (n, L), reference answers included."""
+    examples = [WORLD.example(random.Random(1000 * seed + i), task) for i in range(n)]
+    return vocab.rows(task, examples, codebook.encode(pictures_of(examples)))
 
 
 @pytest.fixture(scope="session")
 def codebook():
-    """Every 8x8 patch of the world without jitter: each kind and size in the four cells (they look alike in each)."""
+    """Every 8x8 patch of the world without jitter: each kind and size, alike in each cell."""
     scenes = [[Object(*kind, size, 0, 0)] for kind in KINDS for size in ("small", "big")]
     return Codebook.fit(np.stack([render(scene) for scene in scenes]), 1024, patch=8)
 
 
 @pytest.fixture(scope="session")
 def vocab(codebook):
-    return Vocabulary.train(WORLD.texts(random.Random(0), 3000), len(codebook.entries), codebook.side**2)
+    return Vocabulary.build(WORLD.texts(random.Random(0), 3000), len(codebook.entries), 16)
+
+
+@pytest.fixture(scope="session")
+def model(vocab, codebook):
+    """`lively` in float64, where two ways to compute the same thing agree to nine digits."""
+    return lively(vocab, codebook).double()
 
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory):
-    """The folder of one finished `train.py --preset smoke` (about 45 s): tests may read it, and write into a copy."""
+    """The folder of one finished smoke run. Tests may read it, and write into a copy."""
     folder = tmp_path_factory.mktemp("runs") / "smoke"
-    command = [sys.executable, "train.py", "--preset", "smoke", "--device", "cpu", "--out", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    argv = [sys.executable, "train.py", "--preset", "smoke", "--device", "cpu", "--out", folder]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
 @pytest.fixture
 def clothes(tmp_path):
-    """Fashion-MNIST in tiny files of its format: 40 and 20 pictures, each class of one shade of grey, a little noise."""
+    """A folder of Fashion-MNIST: 40 and 20 pictures, each class in its own shade of grey."""
     root, rng = tmp_path / "fashion_mnist", np.random.default_rng(0)
     root.mkdir()
-    for prefix, n in (("train", 40), ("t10k", 20)):
-        labels = np.arange(n, dtype=np.uint8) % 10
-        pictures = (20 + 20 * labels[:, None, None] + rng.integers(0, 5, (n, 28, 28))).astype(np.uint8)
-        header = struct.pack(">IIII", 0x803, n, 28, 28)
-        (root / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pictures.tobytes()))
-        (root / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(struct.pack(">II", 0x801, n) + labels.tobytes()))
-    return FashionMNIST(root)
-
-
-def write_shapes(root, stored, questions, answers, split="val"):
-    """SHAPES in its format: pictures (N, 30, 30, 3) uint8 as stored, one question and one "true" or "false" for each."""
-    folder = root / "shapes_dataset"
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / f"{split}.input.npy", stored)
-    (folder / f"{split}.query_str.txt").write_text("".join(q + "\n" for q in questions))
-    (folder / f"{split}.output").write_text("".join(a + "\n" for a in answers))
-
-
-def strip(colors, size=(400, 100)):
-    """A picture in NLVR's layout: three boxes of one colour each, with separators between them."""
-    picture = Image.new("RGBA", size, (128, 128, 128, 255))
-    for x, color in zip((0, 150, 300), colors):
-        picture.paste(color, (x, 0, x + 100, 100))
-    return picture
-
-
-def write_nlvr(root, rows, split="dev", file="dev.json", pictures=(((255, 0, 0, 255), (0, 255, 0, 255), (0, 0, 255, 255)),) * 9, order=0):
-    """NLVR in its format: rows as in its JSON, and the boxes' colours of each row's picture."""
-    for row, colors in zip(rows, pictures):
-        path = root / split / "images" / "3" / f"{split}-{row['identifier']}-{order}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        strip(colors).save(path)
-    (root / split / file).write_text("\n".join(map(json.dumps, rows)))  # officially no newline at the end
-
-
-def every_sentence(rows, slots):
-    """All that `data.sample_statement` can make of them: {text: holds}."""
-    made = (data.counting_sentence(row, q, dict(zip(found, values)))
-            for row in rows for found in [data.slots_of(row, slots)] for q in data.QUANTIFIERS
-            for values in itertools.product(*(words.items() for words in found.values())))  # fmt: skip
-    return {text: holds for text, _, holds in made}
+    for prefix, n in {"train": 40, "t10k": 20}.items():
+        labels = np.arange(n) % 10
+        pictures = 20 + 20 * labels[:, None, None] + rng.integers(0, 5, (n, 28, 28))
+        for name, content in (("images-idx3", pictures), ("labels-idx1", labels)):
+            header = np.array([0x800 + content.ndim, *content.shape], ">u4").tobytes()
+            with gzip.open(root / f"{prefix}-{name}-ubyte.gz", "wb") as file:
+                file.write(header + content.astype(np.uint8).tobytes())
+    return root
 
 
 @pytest.fixture
-def asked(tmp_path):
-    """The folder of SHAPES and NLVR in tiny files of their formats: train, val or dev, and test share some of what they ask."""
-    rng = random.Random(0)
-    for split, questions in {"train.tiny": ["is a circle red"], "train.small": ["is a circle above a square", "is a red shape red"],
-                             "val": ["is a circle above a square", "is a square green"]}.items():  # fmt: skip
-        grids = [data.sample_grid(rng) for _ in range(4 * len(questions))]
-        pictures = np.stack([data.render_grid(rng, grid)[1:31, 1:31, ::-1] for grid in grids])
-        write_shapes(tmp_path / "shapes", pictures, 4 * questions, ["true", "false"] * (2 * len(questions)), split)
-    said = {"train": ["There is a blue tower.", "there are 2 boxes"], "dev": ["there is a bleu tower", "There are 2 boxes"],
-            "test": ["there is a tower", "there is a tower."]}  # fmt: skip
-    for split, sentences in said.items():
-        rows = [{"sentence": s, "label": "true", "identifier": f"{k}-0"} for k, s in enumerate(sentences)]
-        write_nlvr(tmp_path / "nlvr", [*rows, dict(rows[0], identifier="9-1", label="false")], split, f"{split}.json")
-    return tmp_path
+def grids(tmp_path):
+    """A folder of SHAPES: four questions a split; two of val are also in the training splits."""
+    rng, folder = random.Random(0), tmp_path / "shapes/shapes_dataset"
+    folder.mkdir(parents=True)
+    x = "is a circle red", "is a red shape red", "is a circle above a square", "is a square green"
+    y = x[2:] + ("is a triangle blue", "is a circle left of a square")
+    for split, questions in {"train.tiny": x, "train.small": x, "val": y}.items():
+        pictures = np.stack([render_grid(rng, sample_grid(rng)) for _ in questions])
+        np.save(folder / f"{split}.input.npy", pictures[:, 1:31, 1:31, ::-1])  # 30x30; B, G, R
+        (folder / f"{split}.query_str.txt").write_text("".join(f"{q}\n" for q in questions))
+        (folder / f"{split}.output").write_text("true\nfalse\n" * 2)
+    return folder.parent
 
 
 @pytest.fixture
-def handlers():
-    """The test runner's own handlers of signals, which are put back: main() listens to signals."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield before
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def command(capsys, monkeypatch):
+    """Run a root file as a command in this process: file, *argv -> status, out, err."""
 
-
-@pytest.fixture
-def command(capsys, monkeypatch, handlers):
-    """Run a file of ours as a command in this process: command("eval.py", "--run", folder) -> status, out, err."""
-
-    def run(*argv):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", [*map(str, argv)])
+    def run(file, *argv):
+        capsys.readouterr()  # what was printed before is not this command's
+        monkeypatch.setattr(sys, "argv", [str(file), *map(str, argv)])
         try:
-            runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
+            runpy.run_path(str(ROOT / file), run_name="__main__")
             status = 0
         except SystemExit as end:
             status = end.code or 0
         return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
 
-    return run
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield run
+    for handler in handlers:  # train.py listens to both
+        signal.signal(*handler)

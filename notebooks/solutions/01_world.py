@@ -5,7 +5,8 @@ import torch
 
 def cut_patches(picture, p):
     side = picture.shape[0] // p
-    return picture.reshape(side, p, side, p, 3).permute(0, 2, 1, 3, 4).reshape(side * side, p * p * 3)
+    patches = picture.reshape(side, p, side, p, 3).permute(0, 2, 1, 3, 4)
+    return patches.reshape(side * side, p * p * 3)
 
 
 def nearest_code(patches, entries):

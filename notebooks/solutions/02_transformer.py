@@ -15,6 +15,6 @@ def attend_next(q, k, v, keys, values):
     return (keys @ q / len(q) ** 0.5).softmax(0) @ values, keys, values
 
 
-def allowed_probs(logits, lo, hi, temperature):
+def allowed_probs(logits, first, last, temperature):
     ids = torch.arange(len(logits))
-    return (logits / temperature).masked_fill((ids < lo) | (ids >= hi), -torch.inf).softmax(0)
+    return (logits / temperature).masked_fill((ids < first) | (ids >= last), -torch.inf).softmax(0)

@@ -13,6 +13,7 @@ def sharpened(p, temperature):
 
 
 def next_token_logprobs(hidden, head, tokens):
-    """The bug: `hidden[:, 1:]`, the states after the tokens that they score, in place of `hidden[:, :-1]`."""
+    """The bug: `hidden[:, 1:]`, the states after the tokens that they score, in place of `hidden[:,
+    :-1]`."""
     logits = hidden[:, :-1] @ head.T
     return logits.log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
