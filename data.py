@@ -311,7 +311,8 @@ def edits(caption):
 
 
 def scene_edits(scene):
-    """All (kind, scene) one small edit away: the edits of a caption that states everything.
+    """All (kind, scene) one small edit away: the edits of a caption that states everything; and
+    relation makes two objects exchange cells, twice adds a kind again: no true scene has that.
 
     >>> scene = [Object("red", "circle", "big", 0, 0)]
     >>> [edited[0].kind for kind, edited in scene_edits(scene) if kind == "shape"]
@@ -319,11 +320,19 @@ def scene_edits(scene):
     """
     everything = Caption(tuple(Mention(*o.kind, o.size, o.cell) for o in scene))
     for kind, e in edits(everything):
-        cells = [m.cell for m in e.mentions if m.cell]
-        free = [cell for cell in CELLS if cell not in cells]
-        if len(set(cells)) == len(cells):  # not two objects in one cell
-            scene = [(m.color, m.shape, m.size or "big", *(m.cell or free[0])) for m in e.mentions]
-            yield kind, [Object(*o) for o in scene]
+        cells = {m.cell for m in e.mentions}
+        if kind == "add" or len(cells) < len(e.mentions):  # two objects in one cell
+            continue
+        left = [o for o in scene if kind != "drop" or o.cell in cells]  # whose shifts stay
+        pairs = zip(left, e.mentions, strict=True)
+        yield kind, [Object(m.color, m.shape, m.size, *m.cell, o.dx, o.dy) for o, m in pairs]
+    free = [cell for cell in CELLS if cell not in [o.cell for o in scene]]
+    for new, size, cell in itertools.product(KINDS, SIZES, free):
+        kind = "twice" if new in [o.kind for o in scene] else "add"
+        yield kind, [*scene, Object(*new, size, *cell, scene[0].dx, scene[0].dy)]
+    for a, b in itertools.combinations(scene, 2):
+        moved = {a: b[3:5], b: a[3:5]}
+        yield "relation", [Object(*o[:3], *moved.get(o, o[3:5]), *o[5:]) for o in scene]
 
 
 def by_kind(pairs):
@@ -621,7 +630,7 @@ class World:
         scenes = []
         while len(scenes) < n:
             scene = sample_scene(rng, "paired", self.jitter)
-            near = [(k, e) for k, e in scene_edits(scene) if len(e) < 3]
+            near = [(k, e) for k, e in scene_edits(scene) if k != "twice" and len(e) < 3]
             legal = [(k, e) for k, e in near if in_pool("paired", [o.kind for o in e])]
             kinds = list(by_kind(legal).values())
             scenes += [scene, *(rng.choice(rng.choice(kinds)) for _ in range(family - 1))]
@@ -692,7 +701,7 @@ def load_shapes(root, split):
     check_split(root, split, SHAPES_SPLITS)
     start = f"{Path(root) / 'shapes_dataset' / split}"
     path = f"{start}.input.npy"
-    stored = read(path, "an .npy file", lambda raw: np.load(io.BytesIO(raw), allow_pickle=False))
+    stored = read(path, "an .npy file", lambda raw: np.lib.format.read_array(io.BytesIO(raw)))
     if stored.dtype != np.uint8 or stored.shape[1:] != (30, 30, 3) or len(stored) == 0:
         raise data_error(path, f"{stored.dtype} {stored.shape}", "uint8 (N, 30, 30, 3)")
     texts = []
@@ -958,6 +967,8 @@ def make_sources(names, data_dir, jitter=0, fetch_missing=False):
     """The sources named in a comma-separated list; real data is read from data_dir/NAME."""
     sources = []
     for name in names.split(","):
+        if name not in SOURCES:
+            raise ValueError(f"--data {name}: expected names from {', '.join(SOURCES)}")
         if name != "synthetic" and fetch_missing:
             download(name, data_dir)
         made = name == "synthetic"

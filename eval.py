@@ -195,7 +195,7 @@ class FashionJudge:
             self.net = nn.Sequential(
                 nn.Conv2d(1, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(),
                 nn.Flatten(), nn.Linear(2048, 10),
-            )  # fmt: skip
+            )
             optimizer = torch.optim.Adam(self.net.parameters(), lr)
             for step in range(steps):
                 optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
@@ -807,8 +807,8 @@ def load_picture(path):
 def known_words(text, vocab):
     """A text as the run has learned to write it: lower case, punctuation apart, or left out where
     it is unknown."""
-    words = re.findall(r"[a-z0-9'-]+|[^\sa-z0-9'-]", text.lower())
-    return " ".join(word for word in words if word in vocab.ids or word.isalnum())
+    words = re.findall(r"[\w'-]+|[^\w\s]", text.lower())
+    return " ".join(word for word in words if word in vocab.ids or re.search(r"\w", word))
 
 
 def ask(
@@ -903,6 +903,8 @@ def main(argv=None):
     args = parse_arguments(argv)
     if args.compare:
         return print(compare(args.compare))
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed}: expected 0 or more, less than 2**63")
     if not args.run:
         raise ValueError("say what to do: --run DIR, or --compare DIR DIR ...; see --help")
     asked = dict(name=args.model, device=pick_device(args.device)[0])

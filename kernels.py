@@ -48,7 +48,7 @@ def maybe_compile(function, device: torch.device):
     return torch.compile(function, dynamic=True) if possible else function
 
 
-def softmax_kernel(temperature, dtype, logits, tokens) -> tuple[torch.Tensor, torch.Tensor]:
+def softmax_kernel(temperature, dtype, logits, tokens):
     """Logits (m,V), chosen tokens (m,) -> log-probs (m,), and D (m,V) in `dtype`.
 
     >>> logits, tokens = torch.tensor([[1.0, 3.0]]).log(), torch.tensor([1])  # softmax: 1/4, 3/4
@@ -116,7 +116,7 @@ class WithGradients(torch.autograd.Function):
         return *ctx.gradients_of(g), None, None  # autograd rounds them, once, if inputs are bf16
 
 
-def selected_logprobs(hidden, weight, tokens, temperature=1.0, *, chunk_tokens=None) -> torch.Tensor:
+def selected_logprobs(hidden, weight, tokens, temperature=1.0, *, chunk_tokens=None):
     """Log-prob (N,T) of each token, at least float32. Gradients for hidden (N,T,C), weight (V,C).
 
     hidden[n,t] is the state that predicts tokens[n,t], an id in [0, V); any other id gets -inf.
@@ -146,7 +146,7 @@ def selected_logprobs(hidden, weight, tokens, temperature=1.0, *, chunk_tokens=N
 def fused_linear_grpo_loss(
     hidden, weight, tokens, old_logprobs, ref_logprobs, advantages, mask, *, rewards=None,
     scale="group", level="token", temperature=1.0, chunk_tokens=None, **objective,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+):
     """Loss and metrics of grpo_loss(selected_logprobs(...), ...) in one pass.
 
     Give advantages (N,), or None and rewards (B,G), N = B*G, for group_advantages(rewards, scale).
@@ -192,7 +192,7 @@ def fused_linear_grpo_loss(
 # ---------------------------------------------------------------- python kernels.py: is it right?
 
 
-def plain_logprobs(hidden, weight, tokens, temperature=1.0) -> torch.Tensor:
+def plain_logprobs(hidden, weight, tokens, temperature=1.0):
     """What this file replaces: all logits at once, and autograd."""
     logits = at_least_float32(hidden @ weight.T) / temperature
     return logits.log_softmax(-1).gather(2, tokens[..., None]).squeeze(2)
@@ -203,7 +203,7 @@ def composed_loss(select, hidden, weight, tokens, *rest, temperature=1.0, **opti
     return grpo_loss(select(hidden, weight, tokens, temperature), *rest, **options)
 
 
-def loss_and_gradients(function, hidden, weight, *rest, **options) -> tuple[torch.Tensor, ...]:
+def loss_and_gradients(function, hidden, weight, *rest, **options):
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     loss, _ = function(hidden, weight, *rest, **options)
     return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
@@ -213,13 +213,13 @@ def errors(dtype, device, reduction, level, with_ref, chunk):
     """Of selected_logprobs, then of the fused loss, against autograd in float64: the largest of the
     loss, absolute, and of both gradients, relative to their largest entry."""
     random = functools.partial(torch.randn, device=device)
-    hidden, weight, rewards = random(8, 33, 64).to(dtype), random(300, 64).to(dtype), random(2, 4)
-    mask, tokens = random(8, 33) > 0, torch.randint(300, (8, 33), device=device)
+    hidden, weight = random(8, 33, 64).to(dtype), random(300, 64).to(dtype)
+    rewards, mask = random(2, 4).double(), random(8, 33) > 0
+    tokens = torch.randint(300, (8, 33), device=device)
     old, ref = selected_logprobs(hidden, weight, tokens, 8.0) + 0.2 * random(2, 8, 33)
     ref, advantages = ref if with_ref else None, scaled_advantages(rewards, "group").flatten()
     options = dict(reduction=reduction, level=level, clip_high=0.3, temperature=8.0)
-    plain = functools.partial(composed_loss, plain_logprobs)
-    rest = (tokens, old, ref, advantages)
+    plain, rest = functools.partial(composed_loss, plain_logprobs), (tokens, old, ref, advantages)
     exact = loss_and_gradients(plain, hidden.double(), weight.double(), *rest, mask, **options)
     hidden[~mask], tokens[~mask] = torch.nan, -7  # what the mask leaves out must not matter
     select = functools.partial(selected_logprobs, chunk_tokens=chunk)
@@ -245,9 +245,8 @@ def main(arguments=None) -> None:
     for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
         for mode, cases in modes.items():
             with torch.compiler.set_stance("force_eager" if mode == "eager" else "default"):
-                found = torch.tensor([list(errors(dtype, device, *case)) for case in cases])
-            print("{}, {}: selected_logprobs {:.0e}, fused loss {:.0e}".format(
-                dtype, mode, *found.amax(0)))
+                found = torch.tensor([list(errors(dtype, device, *case)) for case in cases]).amax(0)
+            print(f"{dtype}, {mode}: selected_logprobs {found[0]:.0e}, fused loss {found[1]:.0e}")
             if not (found < limit).all():  # nor is NaN
                 parser.exit(1, f"kernels.py: expected errors below {limit}\n")
 

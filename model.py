@@ -46,7 +46,7 @@ def pick_device(name="auto"):
     bfloat16 autocast on CUDA, float32 elsewhere; log-probs and losses are float32 everywhere."""
     available = {
         "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True,
-    }  # fmt: skip
+    }
     if name != "auto" and not available.get(name):
         legal = ", ".join(["auto", *(device for device, ok in available.items() if ok)])
         raise ValueError(f"--device {name}: not available here; use one of {legal}")
@@ -87,6 +87,9 @@ def atomically(path):
     Whenever this process dies, a reader finds the whole new file or the old one. ValueError where
     writing fails."""
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        yield path  # a pipe or a device is written to, and never replaced
+        return
     new = path.with_name(f"writing-{path.name}")
     try:
         yield new
@@ -104,7 +107,7 @@ def save_tensors(tensors, path):
     """Write a dict of tensors to a .safetensors file."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with atomically(path) as new:
-        safetensors.save_file(tensors, new)
+        new.write_bytes(safetensors.save(tensors))
 
 
 def load_tensors(path):

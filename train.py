@@ -131,7 +131,7 @@ class Config:
     clip_high: float = option("GRPO", 0.2, "... and above 1 + this")
     scale: str = option("GRPO", "batch", "std that divides advantages", ("group", "batch", "none"))
     advantage: str = option("GRPO", "mean", "reward - group mean, win rate, or part by part",
-                            ("mean", "pairwise", "parts"))  # fmt: skip
+                            ("mean", "pairwise", "parts"))
     reduction: str = option("GRPO", "token", "average of losses", ("token", "sequence", "constant"))
     level: str = option("GRPO", "token", "one ratio a token or a sequence", ("token", "sequence"))
     ptx_coef: float = option("GRPO", 1.0, "weight of the pre-training loss kept in the step")
@@ -181,11 +181,14 @@ def resumed(given):
     path = Path(config.out) / "config.json"
     if not path.is_file():
         return config
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    del stored["environment"]
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = {f.name: stored[f.name] for f in dataclasses.fields(Config)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); choose another --out") from error
     free = ("out", "resume", "device", "threads", "data_dir")
     for name in set(given) - set(free):
-        if given[name] != stored[name]:
+        if getattr(config, name) != stored[name]:
             flag = f"--{name.replace('_', '-')} {given[name]}"
             raise ValueError(f"{flag}: the run in {config.out} has {stored[name]}; leave it out")
     return Config(**stored | {k: v for k, v in given.items() if k in free} | {"out": config.out})
@@ -200,7 +203,7 @@ def make_config(**given):
     c = Config(**PRESETS.get(preset, {}) | given | {"preset": preset})
     c.tasks = ",".join(TASKS) if c.tasks == "all" else c.tasks
     c.out = c.out or f"runs/{c.method}-{c.preset}-{c.seed}"
-    tasks, checks = set(c.tasks.split(",")), []
+    tasks, sources, checks = c.tasks.split(","), c.data.split(","), []
     for f in dataclasses.fields(c):
         value, choices = getattr(c, f.name), f.metadata["choices"]
         if choices:
@@ -216,14 +219,21 @@ def make_config(**given):
         (c.clip_low < 1, "clip_low", "less than 1"),
         (c.width % (2 * c.heads) == 0, "width", f"a multiple of 2 x heads = {2 * c.heads}"),
         (c.clip_width % 8 == 0, "clip_width", "a multiple of 8"),
-        (set(c.data.split(",")) <= set(SOURCES), "data", f"names from {', '.join(SOURCES)}"),
-        (tasks <= set(TASKS), "tasks", f"all, or names from {', '.join(TASKS)}"),
+        (c.seed < 2**63, "seed", "less than 2**63"),
+        (set(sources) <= set(SOURCES), "data", f"names from {', '.join(SOURCES)}"),
+        (set(tasks) <= set(TASKS), "tasks", f"all, or names from {', '.join(TASKS)}"),
         ("story" not in tasks or "draw" in tasks, "tasks", "draw beside story"),
-        (needed & tasks, "tasks", f"{' or '.join(sorted(needed))}, for --method {c.method}"),
+        (needed & set(tasks), "tasks", f"{' or '.join(sorted(needed))}, for --method {c.method}"),
     ]
+    for name in set(sources) & set(SOURCES):
+        known = [task for task in SOURCES[name].tasks if task in GRPO_TASKS]
+        legal = f"{' or '.join(known)}, for --data {name}"
+        checks.append((set(known) & set(tasks), "tasks", legal))
     for ok, name, legal in checks:
         if not ok:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected {legal}")
+    known = {task for name in sources for task in SOURCES[name].tasks}
+    c.tasks = ",".join(task for task in tasks if task in known)
     return c
 
 
@@ -480,7 +490,7 @@ def fit(run, stage, model, steps, lr, step_of, after=None):
         print(f"{stage}: goes on at step {first}")
     pace = 1 if sys.stderr.isatty() else 15  # seconds between two states of the bar
     bar = tqdm(range(first, steps), stage, steps, initial=first, mininterval=pace,
-               dynamic_ncols=True, disable=RANK > 0)  # fmt: skip
+               dynamic_ncols=True, disable=RANK > 0)
     run.learning, saved = True, time.monotonic()
     with Log(run, "metrics", stage, first) as metrics, Log(run, "timing", stage, first) as timing:
         for step in bar:
@@ -509,7 +519,8 @@ def fit(run, stage, model, steps, lr, step_of, after=None):
 
 def go_on(run):
     """How to go on with a run, as a line for a shell."""
-    return f"go on with: python train.py --resume --out {shlex.quote(str(run.folder))}"
+    words = ["python", sys.argv[0], "--resume", "--out", str(run.folder)]
+    return f"go on with: {shlex.join(words)}"
 
 
 # ------------------------------------------------ codebook and pre-training
@@ -760,11 +771,14 @@ def grpo_step(run, policy, reference, reward, step, update):
                 with run.autocast():
                     r.states, _, _ = completion(policy, r.layout, r.tokens, c.group_size)
             loss, metrics = policy_loss(c, policy, r)
-            metrics["k3"] = metrics.pop("kl", 0.0)  # sampled; kl_TASK is exact
+            if "kl" in metrics:
+                metrics["k3"] = metrics.pop("kl")  # sampled; kl_TASK is exact
             losses[r.task] = GRPO_TASKS[r.task][0] * loss
             row |= {f"{name}_{r.task}": value for name, value in metrics.items()}
-        by_task = pretraining_examples(run, run.rng("grpo", step, "ptx", RANK), c.batch)
-        losses["ptx"] = c.ptx_coef * next_token_loss(run, policy, by_task)[0] if c.ptx_coef else 0.0
+        if c.ptx_coef:
+            by_task = pretraining_examples(run, run.rng("grpo", step, "ptx", RANK), c.batch)
+            nll, _ = next_token_loss(run, policy, by_task)
+            losses["ptx"], row["nll"] = c.ptx_coef * nll, nll.detach()
         row |= update(sum(losses.values()))  # (T1)
     return row
 
@@ -815,7 +829,7 @@ def policy_loss(c, policy, r):
     head = allowed_head(policy, r.layout)
     before = r.old_logprobs, r.ref_logprobs, r.advantages, r.mask
     objective = dict(clip_low=c.clip_low, clip_high=c.clip_high, kl_coef=c.kl_coef, level=c.level,
-                     reduction=c.reduction, max_tokens=len(r.layout.columns))  # fmt: skip
+                     reduction=c.reduction, max_tokens=len(r.layout.columns))
     if c.method == "lvrpo" and r.states.is_cuda:
         objective["temperature"] = c.temperature
         return fused_linear_grpo_loss(r.states, head, r.targets, *before, **objective)
@@ -952,7 +966,7 @@ def evaluate(run):
         print(f"\n{source.name}\n{evaluation.table(result)}")
     before, after = (draw_samples(run, m, name, 4, rewards[name]) for name, m in models.items())
     both = [(p, np.concatenate((a, b)), np.concatenate((x, y)))
-            for (p, a, x), (_, b, y) in zip(before, after, strict=True)]  # fmt: skip
+            for (p, a, x), (_, b, y) in zip(before, after, strict=True)]
     if both:
         contact_sheet(both).save(run.folder / "samples" / "before_after.png")
     seconds = stage_seconds(run.folder) | {"evaluate": round(time.perf_counter() - start, 1)}
@@ -1015,7 +1029,8 @@ def take_over(c):
         names += ["preference.safetensors", "preference_validity.json"]
     for name in names:
         if (base / name).is_file():
-            shutil.copy(base / name, folder / name)
+            with atomically(folder / name) as new:
+                shutil.copyfile(base / name, new)
     c.pretrain_steps, c.clip_steps = theirs["pretrain_steps"], theirs["clip_steps"]
 
 
@@ -1046,7 +1061,7 @@ def run_stages(run):
 def locked(folder):
     """One process at a time in a run directory; the lock ends with the process, however that
     ends."""
-    with open(folder / "lock", "w") as file:
+    with open(folder / "lock", "w", encoding="utf-8") as file:
         try:
             import fcntl
 

@@ -14,6 +14,7 @@ import random
 import course
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from course import BLUE, GOLD, GREY, RED
 
 import data
@@ -156,13 +157,13 @@ for k, book in books.items():
 # %%
 def shares(noise, n=3000):
     """Shares of captions that are unchanged, that are true but say less, and that are false."""
-    rng, counts = random.Random(0), np.zeros(3)
+    rng, counts = random.Random(0), torch.zeros(3)
     for _ in range(n):
         scene = sample_scene(rng)
         clean = true_caption(rng, scene)
         noisy = noisy_caption(rng, clean, noise=noise)
         counts[0 if noisy == clean else 1 if noisy.holds(scene) else 2] += 1
-    return counts / n
+    return (counts / n).tolist()
 
 
 accidents = [name for name in NOISE if name != "answer"]  # which is about questions

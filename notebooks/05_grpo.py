@@ -225,9 +225,10 @@ plt.show()
 
 # %% [markdown]
 # **Check.** With a larger group fewer groups are uninformative, but each step costs more. Prompts
-# that differ make it worse: your formula is convex in p, so easy and hopeless prompts add more
-# groups without spread than the average ones save (Jensen). `train.py` samples more questions than
-# it keeps, and keeps the groups with the widest spread.
+# that differ can only make it worse: your formula is convex in p, so that easy and hopeless
+# prompts add more groups without spread than middling ones save (Jensen). Here they differ little,
+# since every picture has one object. `train.py` samples more questions than it keeps, and keeps
+# the groups with the widest spread.
 #
 # ## Who deserves the credit?
 #
@@ -299,9 +300,8 @@ for i, v in zip(picked, values):
 # %% [markdown]
 # **Check.** The numbers say by how much each patch changed the chance to end right; they add up to
 # the outcome minus the chance at the start. Most are near 0; the fate of a picture is sealed where
-# an object begins, or should have begun. GRPO knows nothing of this: it pays all tokens alike and
-# leaves it to many groups to average the innocent ones out. That is its price for having no value
-# network.
+# an object begins. GRPO knows nothing of this: it pays all tokens alike and leaves it to many
+# groups to average the innocent ones out. That is its price for having no value network.
 #
 # ## Planted bug: the mean
 #

@@ -266,11 +266,11 @@ for what, k in (("at T = 1", 0), ("at the best T", 1), ("diversity at T = 1", 2)
 # %% [markdown]
 # **Check.** Read it slowly. A score at temperature 1, the right end of each line, is a headline;
 # the front says what it cost. A line is better than another only where it lies above it *at the
-# same diversity*. Reward training lifts the right end by making the policy surer of what it draws,
-# which moves it to the left as well; and (T1) is no decoration: compare the lines with and without
-# it. On prompts like these much of the gain is what a temperature, or plain further training,
-# gives for nothing. Where alignment gives more, and how much of a small difference is luck,
-# notebook 08 asks.
+# same diversity*. Reward training makes the policy surer of what it draws: that can raise the
+# score at T = 1, and it moves the whole line to the left. (T1) is no decoration: compare the lines
+# with and without it. On prompts like these much of the gain is what a temperature, or plain
+# further training, gives for nothing. Where alignment gives more, and how much of a small
+# difference is luck, notebook 08 asks.
 #
 # ## Without any learning
 #

@@ -65,7 +65,7 @@ def health(log, validity):
     reward_validity_aligned.json. The limits are rules of thumb."""
     rows, checks = [row for row in log if row["stage"] == "align"], []
     reward, judge, distinct, entropy = (ends(rows, column) for column in (
-        "reward_draw", "val_compose", "val_diversity_compose", "entropy_draw"))  # fmt: skip
+        "reward_draw", "val_compose", "val_diversity_compose", "entropy_draw"))
     prefixes = "zero_spread_", "kl_", "clip_low_", "clip_high_"
     idle, kl, low, high = (by_task(rows, prefix) for prefix in prefixes)
     moved = "reward of drawings {:.2f} to {:.2f}, ".format(*reward) if reward else ""
@@ -108,7 +108,7 @@ def health(log, validity):
 Panel = namedtuple("Panel", "title unit stages prefixes log", defaults=(False,))
 NETWORKS, ALIGN = ("clip", "clip_report", "preference"), ("align",)
 PANELS = (
-    Panel("next-token loss", "nats a token", ("pretrain", "align"), ("loss",), True),
+    Panel("next-token loss", "nats a token", ("pretrain", "align"), ("loss", "nll"), True),
     Panel("loss of the reward's networks", "nats a pair", NETWORKS, ("loss",), True),
     Panel("the reward's networks, in training", "share right", NETWORKS, ("r1", "accuracy")),
     Panel("reward of pictures and captions", "nats", ALIGN, ("reward_d", "reward_c", "reward_s")),
@@ -123,16 +123,14 @@ PANELS = (
 
 
 def lines_of(log, panel):
-    """[(label, steps, values)] of a panel's curves, smoothed, but for those that are always 0. The
-    loss of a run with rewards is left out: it is no loss of next tokens."""
+    """[(label, steps, values)] of a panel's curves, smoothed, but for those that are always 0, and
+    for the loss of alignment by rewards, which is no loss of next tokens (nll is)."""
     lines = []
     for stage in panel.stages:
         rows = [row for row in log if row["stage"] == stage]
-        if not rows or (panel.prefixes == ("loss",) and values_of(rows, "reward_draw")):
-            continue
-        for column in [column for column in rows[0] if column.startswith(panel.prefixes)]:
+        for column in [c for c in (rows[0] if rows else ()) if c.startswith(panel.prefixes)]:
             values, steps = values_of(rows, column), [int(r["step"]) for r in rows if r[column]]
-            if any(values):
+            if any(values) and not (column == "loss" and by_task(rows, "reward_")):
                 width = max(1, len(values) // 40)
                 edges = np.pad(values, (width // 2, (width - 1) // 2), "edge")
                 label = column if len(panel.stages) == 1 else f"{stage} {column}"

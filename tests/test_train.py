@@ -1,10 +1,12 @@
 """Flags, the step of the method, its guards, every stage and method; a smoke run from all sides."""
 
-import csv
 import dataclasses
+import functools
 import itertools
 import json
 import math
+import re
+import signal
 from collections import Counter
 
 import numpy as np
@@ -23,9 +25,8 @@ TINY = dict(preset="smoke", device="cpu")
 SHORT = dict(eval_items=4, eval_prompts=2, grpo_steps=2, extra_steps=2, preference_steps=3)
 
 
-def read_csv(folder, name="metrics"):
-    with (folder / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def rows_of(folder, name="metrics"):
+    return train.read_log(folder / f"{name}.csv")
 
 
 def read_json(path):
@@ -50,17 +51,9 @@ def run(smoke, tmp_path):
 @pytest.fixture(scope="module")
 def finished(smoke, tmp_path_factory):
     """finished(method) -> the folder of a short run of it, from the base of the smoke run."""
-    top, done = tmp_path_factory.mktemp("methods"), {}
-
-    def finish(method):
-        flags = TINY | SHORT | dict(method=method, base=str(smoke), out=str(top / method))
-        done[method] = done.get(method) or train.main(make_config(**flags))
-        return done[method]
-
-    return finish
-
-
-# ------------------------------------------------ flags
+    flags = TINY | SHORT | {"base": str(smoke)}
+    return functools.cache(lambda method: train.main(make_config(
+        **flags, method=method, out=str(tmp_path_factory.mktemp(method)))))  # fmt: skip
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda f: f.name)
@@ -79,8 +72,7 @@ def test_help_explains_every_flag_with_its_default_in_its_group(capsys):
         parse_flags(["--help"])
     parts = [part.split(":\n") for part in capsys.readouterr().out.split("\n\n")]
     groups = {part[0]: " ".join(part[1].split()) for part in parts if len(part) > 1}
-    order = ["options", "run", "data", "policy", "pre-training", "reward", "GRPO", "evaluation"]
-    assert list(groups) == order
+    assert list(groups) == "options run data policy pre-training reward GRPO evaluation".split()
     for field in dataclasses.fields(Config):
         group, explained = groups[field.metadata["group"]], field.metadata["help"]
         assert f"--{field.name.replace('_', '-')}" in group and len(explained) > 9
@@ -95,9 +87,6 @@ def test_flags_override_presets_and_presets_defaults_and_what_is_derived_follows
     changed = dict(width=192, seed=3, out=f"runs/lvrpo-{preset}-3")
     assert given == dataclasses.replace(plain, **changed) != plain
     assert given == make_config(preset=preset, device="cpu", width=192, seed=3)
-
-
-# ------------------------------------------------ the step
 
 
 class Toy:
@@ -122,17 +111,15 @@ class Toy:
 EQUAL, BROKEN = Toy(torch.ones_like), Toy(lambda r: r.index_fill(0, torch.tensor([1]), math.nan))
 
 
-class Recorder:
-    """update(loss) that keeps the loss and its gradient, and moves nothing."""
+def unmoved(model):
+    """update(loss) that returns the loss and its gradient, and moves nothing."""
 
-    def __init__(self, model):
-        self.model = model
+    def update(loss):
+        how = dict(allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(loss, list(model.parameters()), **how)
+        return {"loss": loss.detach(), "gradient": torch.cat([g.flatten() for g in gradients])}
 
-    def __call__(self, loss):
-        weights, self.loss = list(self.model.parameters()), loss.detach()
-        gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-        self.gradient = torch.cat([g.flatten() for g in gradients])
-        return {"loss": self.loss}
+    return update
 
 
 @pytest.fixture
@@ -154,9 +141,8 @@ def moved(run):
 
 
 def step(run, policy, reward):
-    """(row, Recorder) of one step that moves nothing."""
-    update = Recorder(policy)
-    return train.grpo_step(run, policy, run.policy("base"), reward, 0, update), update
+    """The row of a step that moves nothing."""
+    return train.grpo_step(run, policy, run.policy("base"), reward, 0, unmoved(policy))
 
 
 def learn(run, policy, rewards, after=None):
@@ -164,7 +150,7 @@ def learn(run, policy, rewards, after=None):
     reference = run.policy("base")
     train.fit(run, "align", policy, len(rewards), 5e-3, lambda step, update: train.grpo_step(
         run, policy, reference, rewards[step], step, update), after)  # fmt: skip
-    return read_csv(run.folder)
+    return rows_of(run.folder)
 
 
 def test_steps_raise_what_is_rewarded_in_both_directions(run):
@@ -175,30 +161,24 @@ def test_steps_raise_what_is_rewarded_in_both_directions(run):
         assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + more, rewards
 
 
-def test_the_first_pass_scores_tokens_as_they_were_sampled(run, moved, rollouts):
-    run.config.temperature = 0.7
-    row, _ = step(run, moved, Toy())
+def test_scores_rewards_and_prompts_belong_to_the_rows_that_were_sampled(run, moved, rollouts):
+    run.config.temperature, reward = 0.7, Toy()
+    row = step(run, moved, reward)
     assert [r.task for r in rollouts] == ["draw", "caption", "vqa", "multihop"]
     for r in rollouts:
         first, last, start = r.layout.first, r.layout.last, r.layout.start
         scores = moved(r.tokens[:, :-1], r.layout.patch[:-1]) @ moved.head[first:last].T / 0.7
         chosen = (r.tokens[:, 1:] - first).clamp(0, last - first - 1)[..., None]
         logprobs = scores.log_softmax(-1).gather(-1, chosen)[:, start - 1 :, 0]
-        logprobs = logprobs[:, : r.mask.shape[1]]
-        assert torch.allclose(logprobs[r.mask], r.old_logprobs[r.mask], atol=1e-4)
+        logprobs = logprobs[:, : r.mask.shape[1]][r.mask]  # by a forward pass without a cache
+        assert torch.allclose(logprobs, r.old_logprobs[r.mask], atol=1e-4)
         assert float(row[f"ratio_{r.task}"]) == pytest.approx(1, abs=1e-5)
         assert row[f"clip_low_{r.task}"] == row[f"clip_high_{r.task}"] == 0
-
-
-def test_every_reward_belongs_to_its_row_and_every_row_to_its_prompt(run, moved, rollouts):
-    reward = Toy()
-    step(run, moved, reward)
-    for r in rollouts:
         answers = outputs(r.layout, r.tokens, run.vocab, run.codebook)
         assert torch.equal(reward.of(answers), r.rewards.flatten())
         assert torch.equal(r.advantages, group_advantages(r.rewards, "batch").flatten())
-        prompts = r.tokens.unflatten(0, r.rewards.shape)[..., : r.layout.start]
-        asked = run.rows(r.task, reward.examples[r.task])[:, : r.layout.start]
+        prompts = r.tokens.unflatten(0, r.rewards.shape)[..., :start]
+        asked = run.rows(r.task, reward.examples[r.task])[:, :start]
         assert torch.equal(prompts, prompts[:, :1].expand_as(prompts))
         assert all((asked == prompt).all(1).any() for prompt in prompts[:, 0])
         assert r.task != "draw" or torch.equal(prompts[:, 0], asked) and r.rewards.std() > 0
@@ -207,16 +187,15 @@ def test_every_reward_belongs_to_its_row_and_every_row_to_its_prompt(run, moved,
 def test_equal_rewards_leave_only_the_pull_to_the_base_and_to_pretraining(run, moved):
     def gradient(policy, reward, kl_coef, ptx_coef):
         run.config = dataclasses.replace(run.config, kl_coef=kl_coef, ptx_coef=ptx_coef)
-        return step(run, policy, reward)[1].gradient
+        return step(run, policy, reward)["gradient"]
 
     assert gradient(moved, Toy(), 0.0, 0.0).norm() > 0.01
     assert gradient(moved, EQUAL, 0.0, 0.0).norm() == 0
     assert gradient(moved, EQUAL, 1.0, 0.0).norm() > 0.01
     assert gradient(run.policy("base"), EQUAL, 1.0, 0.0).norm() < 1e-4
     by_task = train.pretraining_examples(run, run.rng("grpo", 0, "ptx", 0), run.config.batch)
-    alone = Recorder(moved)
-    alone(0.5 * train.next_token_loss(run, moved, by_task)[0])
-    assert torch.allclose(gradient(moved, EQUAL, 0.0, 0.5), alone.gradient, atol=1e-6)
+    alone = unmoved(moved)(0.5 * train.next_token_loss(run, moved, by_task)[0])["gradient"]
+    assert torch.allclose(gradient(moved, EQUAL, 0.0, 0.5), alone, atol=1e-6)
 
 
 def test_the_groups_that_are_kept_are_whole_and_have_the_widest_spread(run):
@@ -252,26 +231,23 @@ def test_the_one_pass_of_a_gpu_is_the_two_calls_of_a_cpu(run, moved, rollouts, l
     for r, kind in itertools.product(rollouts[:], (torch.Tensor, OnGPU)):
         r.states = completion(moved, r.layout, r.tokens, 4)[0].as_subclass(kind)
         r.old_logprobs = r.ref_logprobs + 0.3 * r.ref_logprobs.sin()  # some ratios are clipped
-        update, (loss, metrics) = Recorder(moved), train.policy_loss(c, moved, r)
-        update(loss)
-        results.append(torch.stack([loss, *metrics.values(), *update.gradient]))
+        loss, metrics = train.policy_loss(c, moved, r)
+        results.append(torch.stack([loss, *metrics.values(), *unmoved(moved)(loss)["gradient"]]))
     for two_calls, one_pass in zip(results[::2], results[1::2], strict=True):
         assert torch.allclose(two_calls, one_pass, atol=1e-5, rtol=1e-4) and two_calls.norm() > 0.1
 
 
-# ------------------------------------------------ guards
-
-
 def test_a_reward_that_is_no_number_skips_its_step_and_six_of_them_end_the_run(run):
     policy, heads = run.policy("base"), [run.policy("base").head]
-    with pytest.raises(Stopped, match="six gradients were not finite.* lower") as stopped:
-        learn(run, policy, [BROKEN, Toy(), *9 * [BROKEN]],
-              after=lambda step: heads.append(policy.head.detach().clone()) or {})  # fmt: skip
-    rows = read_csv(run.folder)
+    for run.interrupted in (signal.SIGTERM, None):  # what was skipped counts after a pause, too
+        with pytest.raises(Stopped) as stopped:
+            learn(run, policy, [BROKEN, Toy(), *9 * [BROKEN]],
+                  after=lambda step: heads.append(policy.head.detach().clone()) or {})  # fmt: skip
+    assert re.search("six gradients were not finite.* lower", str(stopped.value))
+    rows = rows_of(run.folder)
     assert [row["skipped"] for row in rows] == list("112345") and stopped.value.status == 1
-    assert all(math.isfinite(float(row["grad_norm"])) == (row["step"] == "1") for row in rows)
+    assert all((row["grad_norm"] == "nan") == (row["step"] != "1") for row in rows)
     assert [torch.equal(a, b) for a, b in itertools.pairwise(heads)] == [True, False, *4 * [True]]
-    assert policy.head.isfinite().all()
 
 
 def test_a_kl_out_of_range_for_five_steps_on_end_stops_the_run(run):
@@ -280,10 +256,7 @@ def test_a_kl_out_of_range_for_five_steps_on_end_stops_the_run(run):
     with pytest.raises(Stopped, match=r"kl_vqa passed 2.0 .*five steps.*; raise --kl-coef"):
         train.fit(run, "align", model, 25, 1e-4, lambda step, update: (
             update(model.head.square().sum() * 1e-3) | {"kl_draw": 0.1, "kl_vqa": kl[step]}))
-    assert read_csv(run.folder)[-1]["step"] == "9"
-
-
-# ------------------------------------------------ what is learned from
+    assert rows_of(run.folder)[-1]["step"] == "9"
 
 
 def by_hand(run, model, task, example, alone):
@@ -331,16 +304,17 @@ def test_three_objects_come_without_words_but_in_the_clean_answers_of_the_contro
 
 @pytest.mark.parametrize("method", train.OBJECTIVES)
 def test_a_baseline_adds_its_objective_on_pictures_that_come_with_texts(run, monkeypatch, method):
-    run.config.batch, model, seen, losses = 32, run.policy("base"), [], []
-    plain = train.OBJECTIVES[method]
+    run.config.batch, model, plain, seen = 32, run.policy("base"), train.OBJECTIVES[method], []
     monkeypatch.setitem(train.OBJECTIVES, method, lambda *args: (
         seen.append((args[2], plain(*args))) or seen[-1][1]))  # fmt: skip
-    for name in ("unified", method):
-        losses.append(train.next_token_step(run, model, "any", name)(0, Recorder(model))["loss"])
+    steps = [train.next_token_step(run, model, "any", name) for name in ("unified", method)]
+    losses = [step(0, unmoved(model))["loss"] for step in steps]
     by_task, ((examples, value),) = train.pretraining_examples(run, run.rng("any", 0, 0), 32), seen
     pairs = [e for t in ("draw", "caption") for e, alone in by_task.get(t, ()) if not alone]
     assert [e.truth for e in examples] == [e.truth for e in pairs] and value > 0.1
     assert losses[1] - losses[0] == pytest.approx(train.OBJECTIVE_WEIGHT * value.item(), abs=1e-5)
+    run.config.batch = 1  # which may be none of these
+    assert all(steps[1](k, unmoved(model))["loss"] > 0 for k in range(1, 9)) and len(seen) < 9
 
 
 def test_a_next_token_method_gets_the_steps_that_fit_the_seconds_of_its_base(run, monkeypatch):
@@ -356,66 +330,45 @@ def test_a_next_token_method_gets_the_steps_that_fit_the_seconds_of_its_base(run
         assert train.fitting_steps(run) == steps
 
 
-# ------------------------------------------------ the learning rate, the optimizer
-
-
 @pytest.mark.parametrize("steps", [1, 4, 100, 700])
 def test_the_learning_rate_rises_stays_falls_and_is_never_zero(steps):
     shares = [schedule(number, steps) for number in range(steps)]
-    peak = max(shares)
-    rise, fall = shares[: shares.index(peak)], shares[steps - shares[::-1].index(peak) :]
-    assert rise == sorted(rise) and fall == sorted(fall, reverse=True) and min(shares) > 0
-    assert steps < 100 or (peak, len(rise), shares[-1] < 0.03) == (1, min(30, steps // 10) - 1, True)
+    peak = min(30, max(steps // 10, 1)) - 1
+    assert shares == sorted(shares[:peak]) + sorted(shares[peak:], reverse=True) and shares[-1] > 0
+    assert steps < 100 or (shares[peak] == 1 and shares.count(1) > steps / 3 and shares[-1] < 0.03)
 
 
-def test_muon_goes_equally_far_in_all_directions_and_as_far_as_the_one_in_torch():
-    shapes, gradients = ((6, 4), (4, 8), (4, 4)), [torch.randn(9, 9) for _ in range(3)]
-    ours, theirs = ([torch.nn.Parameter(torch.zeros(s)) for s in shapes] for _ in range(2))
-    for p, q, g in zip(ours, theirs, gradients):
-        p.grad, q.grad = (g[: p.shape[0], : p.shape[1]].clone() for _ in range(2))
-    train.Muon(ours, 0.1).step()
-    torch.optim.Muon(theirs, 0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
-    for p, q in zip(ours, theirs):
-        assert torch.allclose(p, q, atol=0.004)  # bfloat16 has two digits
-        singular = torch.linalg.svdvals(p.detach()) / (0.02 * math.sqrt(max(p.shape)))
-        assert 0.6 < singular.min() and singular.max() < 1.3
+def test_muon_goes_down_and_equally_far_in_all_directions():
+    for shape in ((6, 4), (4, 8), (4, 4)):
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        weight.grad = torch.randn(shape)
+        train.Muon([weight], 0.1).step()
+        singular = torch.linalg.svdvals(weight.detach()) / (0.02 * math.sqrt(max(shape)))
+        assert 0.6 < singular.min() and singular.max() < 1.3 and (weight * weight.grad).sum() < 0
 
 
-# ------------------------------------------------ a smoke run, and a short one of every method
-
-
-def test_a_run_leaves_its_files_its_configuration_and_a_row_a_step(smoke):
-    there = {p.relative_to(smoke).as_posix() for p in smoke.rglob("*") if p.is_file()}
-    pictures = ("base", "aligned", "before_after", "align_0001", "align_0004")
-    assert there == {f"samples/{name}.png" for name in pictures} | {
-        "config.json", "tokenizer.json", "codebook.safetensors", "base.safetensors", "lock",
-        "clip.safetensors", "clip_report.safetensors", "reward_validity.json", "metrics.csv",
-        "timing.csv", "aligned.safetensors", "reward_validity_aligned.json", "eval.json",
-        "items.json"}  # fmt: skip
-    stages, rows = {"pretrain": 60, "clip": 25, "clip_report": 10, "align": 4}, read_csv(smoke)
+def test_a_run_leaves_its_configuration_and_a_row_a_step(smoke):
+    stages, rows = {"pretrain": 60, "clip": 25, "clip_report": 10, "align": 4}, rows_of(smoke)
     steps = [(stage, str(k)) for stage, n in stages.items() for k in range(n)]
     assert [(row["stage"], row["step"]) for row in rows] == steps
-    assert [(row["stage"], row["step"]) for row in read_csv(smoke, "timing")] == steps
+    assert [(row["stage"], row["step"]) for row in rows_of(smoke, "timing")] == steps
     losses = [float(row["loss"]) for row in rows]
-    assert all(math.isfinite(x) for x in losses) and np.mean(losses[50:60]) < 0.5 * losses[0]
+    assert np.isfinite(losses).all() and np.mean(losses[50:60]) < 0.5 * losses[0]
     assert all(row["skipped"] == "0" and float(row["grad_norm"]) > 0 for row in rows)
-    first = {k: float(v) for k, v in rows[-4].items() if k.startswith("kl_")}
-    assert len(first) == 4 and max(map(abs, first.values())) < 1e-6  # it starts at the base
+    first = {k: abs(float(v)) for k, v in rows[-4].items() if k.startswith("kl_")}
+    assert len(first) == 4 and max(first.values()) < 1e-6  # it starts at the base
     stored = read_json(smoke / "config.json")
     assert stored.pop("environment")["command"].startswith("python train.py --preset smoke")
     assert Config(**stored) == make_config(**TINY, out=str(smoke))
 
 
 def test_an_aligned_checkpoint_holds_the_transformer_and_nothing_else(smoke):
-    width, vocab = 32, evaluation.load_run(smoke)[2]
-    expected = {"embed": vocab.size, "row": 4, "column": 4}
-    for i in range(2):
-        block = {"norm1": 1, "norm2": 1, "qkv": 3 * width, "out": width, "up": 4 * width}
-        expected |= {f"blocks.{i}.{k}": v for k, v in (block | {"down": 4 * width}).items()}
-    for name in ("base", "aligned"):
-        tensors = load_file(smoke / f"{name}.safetensors")
-        sizes = {k.rpartition(".")[0]: t.numel() // width for k, t in tensors.items()}
-        assert sizes == expected | {"norm": 1} and len(tensors) == len(sizes)
+    tensors, vocab = load_file(smoke / "aligned.safetensors"), evaluation.load_run(smoke)[2]
+    block = "norm1.gain norm2.gain qkv.weight out.weight up.weight down.weight".split()
+    names = {f"blocks.{layer}.{name}" for layer in range(2) for name in block}
+    assert tensors.keys() == names | {"embed.weight", "row.weight", "column.weight", "norm.gain"}
+    rows = vocab.size + 2 * 4 + 1 + 2 * (2 + 12 * 32)  # of the width: all layers have two norms
+    assert sum(tensor.numel() for tensor in tensors.values()) == 32 * rows
 
 
 GROUPS = {
@@ -435,27 +388,23 @@ def test_eval_json_has_the_structure_that_others_rely_on(smoke):
     for name in ("base", "aligned"):
         assert {k: " ".join(v) for k, v in result[name].items()} == GROUPS
         cells = {k: cell for group in result[name].values() for k, cell in group.items()}
-        absent = "story story_frames story_consistent story_three visual visual_three".split()
-        assert all(cells[k] is None for k in absent)
-        for k in set(cells) - {*absent, "diversity", "diversity_heldout"}:
-            assert set(cells[k]) == {"value", "low", "high", "n"} and cells[k]["value"] is not None
+        missing = {k.split("_")[0] for k, cell in cells.items() if cell is None}
+        assert missing - {"diversity"} == {"story", "visual"}
+        assert all(set(cell) == {"value", "low", "high", "n"} for cell in cells.values() if cell)
         assert (cells["compose"]["n"], cells["vqa"]["n"], cells["text_nll"]["n"]) == (128, 64, 64)
         rows, both = result["sweep"][name], ("compose", "diversity", "differ")
         assert [row.pop("temperature") for row in rows] == [0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
         assert all(set(row) == {*both, *(f"{k}_heldout" for k in both)} for row in rows)
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m == "lvrpo"))
-                                    for m in train.METHODS])  # fmt: skip
-def test_every_method_runs_to_its_end_from_the_base_of_another_run(smoke, finished, method):
-    folder, rows = finished(method), read_csv(finished(method))
+@pytest.mark.parametrize("method", train.METHODS[1:])
+def test_every_method_runs_to_its_end_from_the_base_of_another_run(finished, method):
+    rows = rows_of(finished(method))
     assert [row["stage"] for row in rows] == ["align"] * (0 if method == "best_of_n" else 2)
     labelled = method in ("lvrpo", "sft", "rejection", "dpo")  # clean answers are counted
     assert all((float(row["labels"]) > 0) == labelled and float(row["tokens"]) > 0 for row in rows)
-    assert (folder / "base.safetensors").read_bytes() == (smoke / "base.safetensors").read_bytes()
-    base, aligned = (load_file(folder / f"{name}.safetensors") for name in ("base", "aligned"))
-    same = [torch.equal(base[k], aligned[k]) for k in base]
-    assert base.keys() == aligned.keys() and same == [method == "best_of_n"] * len(base)
+    base, aligned = (load_file(finished(method) / f"{k}.safetensors") for k in ("base", "aligned"))
+    assert all(torch.equal(base[k], aligned[k]) == (method == "best_of_n") for k in base)
     ours, theirs = (read_json(finished(m) / "eval.json") for m in (method, "unified"))
     assert ours["base"] == theirs["base"] and ours["sweep"]["base"] == theirs["sweep"]["base"]
 
@@ -465,7 +414,7 @@ def test_one_model_learns_all_tasks_of_all_data_sets_from_mixed_rewards(clothes,
     few = dict(pretrain_steps=6, clip_steps=5, prompts=2, tasks="all", reward="mix")
     data = dict(data="synthetic,fashion_mnist,shapes", data_dir=str(tmp_path))
     folder = train.main(make_config(**TINY | SHORT | few | data, out=str(tmp_path / "run")))
-    for name, n in (("synthetic", 28), ("fashion_mnist", 14), ("shapes", 2)):
+    for name, metrics in (("synthetic", 23), ("fashion_mnist", 9), ("shapes", 2)):
         result = read_json(folder / "eval.json")["sources"][name]["aligned"]
-        assert sum(c is not None for g in result.values() for c in g.values()) <= n
-    assert all(read_csv(folder)[-1][f"reward_{task}"] for task in train.GRPO_TASKS)
+        assert sum(cell is not None for g in result.values() for cell in g.values()) >= metrics
+    assert all(rows_of(folder)[-1][f"reward_{task}"] for task in train.GRPO_TASKS)

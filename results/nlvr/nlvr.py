@@ -17,7 +17,7 @@ they have a key but no steps, so the policy tries its own. No sentence of dev or
 
 Source: A. Suhr, M. Lewis, J. Yeh, Y. Artzi, ACL 2017; github.com/lil-lab/nlvr, folder nlvr.
 
-    $ python results/nlvr/nlvr.py --data-dir DIR --out runs/nlvr    # DIR/nlvr; MINUTES minutes
+    $ python results/nlvr/nlvr.py --data-dir DIR --out runs/nlvr    # reads DIR/nlvr; 25 minutes
 """
 
 import io

@@ -1,0 +1,204 @@
+"""The scripts of results/: claims from runs, ablations, a run as a page."""
+
+import csv
+import doctest
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import eval as evaluation
+from train import read_log
+
+sys.path.insert(0, str(ROOT / "results"))
+SCRIPTS = "ablate", "claims", "launch", "report", "reproduce"
+ablate, claims, launch, report, reproduce = map(importlib.import_module, SCRIPTS)
+
+
+def pretend_run(folder, method, seed, right, base=0.25):
+    """A finished run with made-up outcomes: a share of 40 items is right in every metric."""
+    metrics = [metric for group in evaluation.METRICS.values() for metric in group]
+    sweep = [{"temperature": 1.0, "compose": right, "diversity": 0.5, "differ": 0.5}]
+    result, items = {"sweep": {}, "best_temperature": {}, "judge_accuracy": 1.0}, {}
+    for model, share in {"base": base, "aligned": right}.items():
+        items[model] = dict.fromkeys(metrics, [float(i < share * 40) for i in range(40)])
+        number = {"value": share, "low": 0.0, "high": 1.0, "n": 40}
+        result[model] = {k: dict.fromkeys(group, number) for k, group in evaluation.METRICS.items()}
+        result["sweep"][model], result["best_temperature"][model] = sweep, 1.0
+    seconds = {"align": 7.0, "evaluate": 9.0} | ({"clip": 5.0} if method == "lvrpo" else {})
+    meta = {"data": "synthetic", "method": method, "seed": seed, "seconds": seconds}
+    log = "stage,step,labels,tokens,reward_draw,kl_draw\npretrain,0,0,1000,,\n"
+    log += "".join(f"align,{k},3,50,{k},{k / 10}\n" for k in range(8))
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text(log)
+    (folder / "items.json").write_text(json.dumps({"synthetic": items}))
+    (folder / "config.json").write_text(json.dumps({"method": method, "seed": seed}))
+    (folder / "eval.json").write_text(json.dumps(result | {"meta": meta}))
+
+
+def test_the_examples_run_and_students_t_of_two_seeds_is_wide():
+    assert doctest.testmod(claims) == (0, 3)
+    assert claims.student_t([0.0, 1.0]) == (0.5 - 6.353, 0.5 + 6.353)  # 12.706 * sqrt(1/2) / sqrt 2
+
+
+def test_the_bootstrap_draws_seeds_and_then_items():
+    equal = claims.paired_bootstrap([np.full(50, 0.2), np.full(50, 0.2)])
+    assert equal == {"mean": 0.2, "low": 0.2, "high": 0.2}
+    apart = claims.paired_bootstrap([np.full(50, 0.0), np.full(50, 0.4)])
+    assert (apart["low"], apart["high"]) == (0.0, 0.4)  # both draws may be the same seed
+    normal = [np.random.default_rng(i).normal(0.1, 1.0, 400) for i in range(30)]
+    d, seeds = claims.paired_bootstrap(normal), np.var([x.mean() for x in normal])
+    half = 1.96 * np.sqrt((1 / 400 + seeds) / 30)  # variance of items, variance of seeds
+    assert (d["high"] - d["low"]) / 2 == pytest.approx(half, rel=0.15)
+
+
+def test_claims_are_judged_by_pairs_of_the_runs_that_are_there(tmp_path):
+    for method, right in {"lvrpo": 0.5, "unified": 0.475, "clip": 0.6, "dpo": 0.5}.items():
+        for seed in (0, 1) if method != "dpo" else (0,):
+            pretend_run(tmp_path / "runs" / f"{method}-{seed}", method, seed, right)
+    done = claims.claims(tmp_path / "runs", tmp_path)
+    assert json.loads((tmp_path / "claims.json").read_text()) == done
+    assert list(done["methods"]) == ["lvrpo", "base", "unified", "clip", "dpo"]
+    vqa = {method: numbers["vqa"] for method, numbers in done["methods"].items()}
+    assert vqa["lvrpo"]["seeds"] == [0.5, 0.5] and vqa["base"]["mean"] == 0.25
+    rows = {(r["metric"], r["against"]): (r["difference"], r["verdict"]) for r in done["claims"]}
+    assert rows["vqa", "unified"] == (0.025, "inconclusive")
+    assert rows["vqa", "clip"] == (-0.1, "not replicated")
+    assert rows["multihop_three", "base"] == (0.25, "replicated")
+    # Eight steps of 3 labels and 50 tokens; whom CLIP rewards also pays for its seconds.
+    assert done["ledger"]["lvrpo"] == {"labels": 24.0, "tokens": 400.0, "seconds": 12.0}
+    assert [done["ledger"][m]["seconds"] for m in ("unified", "dpo")] == [7.0, 12.0]
+    text = (tmp_path / "claims.md").read_text()
+    assert "vqa | clip (n=2) | -0.100 |" in text and "dpo (n=1)" in text
+    assert (tmp_path / "claims.png").stat().st_size > 1000
+
+
+def test_every_method_starts_from_the_base_of_its_seed(tmp_path, monkeypatch):
+    started = {}
+
+    def instead(out, method, seed, **flags):
+        started[out.name] = flags.get("base", "")
+        pretend_run(out, method, seed, 0.5)
+
+    monkeypatch.setattr(reproduce, "trained", instead)
+    text = reproduce.reproduce(tmp_path / "runs", tmp_path, "cpu", seeds=2, control_seeds=1)
+    assert len(started) == 8 + 4 and started["lvrpo-1"] == ""
+    assert started["dpo-0"] == str(tmp_path / "runs" / "lvrpo-0") and "dpo (n=1)" in text
+
+
+def test_a_finished_run_is_kept_and_a_started_one_goes_on(tmp_path, monkeypatch):
+    calls, done = [], SimpleNamespace(returncode=0)
+    monkeypatch.setattr(launch.subprocess, "run", lambda argv, **_: calls.append(argv[2:]) or done)
+    out, flags = tmp_path / "run", {"method": "unified", "seed": 0, "threads": 2}
+    launch.trained(out, **flags)
+    assert calls.pop() == f"--out {out} --method unified --seed 0 --threads 2".split()
+    pretend_run(out, "unified", 0, 0.5)
+    assert launch.trained(out, **flags) == out and not calls
+    with pytest.raises(ValueError, match="has another method, seed"):
+        launch.trained(out, method="clip", seed=1)
+    (out / "eval.json").unlink()
+    launch.trained(out, **flags)
+    assert calls.pop() == f"--out {out} --resume --threads 2".split()
+    for done.returncode, error in ((1, ValueError), (130, KeyboardInterrupt)):  # 130: Ctrl-C
+        with pytest.raises(error):
+            launch.trained(out, **flags)
+
+
+def test_an_ablation_makes_a_table_and_shares_equal_runs(tmp_path, monkeypatch, smoke):
+    folders = set()
+
+    def instead(out, seed, kl_coef, **flags):
+        folders.add(out)
+        if not out.exists():
+            pretend_run(out, "lvrpo", seed, 0.5 + 2 * kl_coef)
+        return out
+
+    monkeypatch.setattr(ablate, "trained", instead)
+    head, *_, last = ablate.ablate("kl", smoke, tmp_path, seeds=2, jobs=2).splitlines()
+    assert head.split()[:4] == ["kl", "reward", "KL", "compose"]
+    assert last.startswith("0.2 ") and "0.900 ± 0.000" in last
+    rows = list(csv.DictReader((tmp_path / "kl.csv").open()))
+    assert len(rows) == 10 and rows[-1]["variant"] == "0.2" and float(rows[-1]["reward"]) == 6.5
+    assert (tmp_path / "kl.png").stat().st_size > 1000
+    ablate.ablate("reward", smoke, tmp_path, seeds=2)
+    assert len(folders) == 10 + 4  # the rule's runs are those with a KL coefficient of 0.02
+    for name, change in ablate.ABLATIONS["group"].items():
+        assert name == f"{change['group_size']} x {change['prompts']} prompts"
+
+
+@pytest.mark.parametrize("words, message", [
+    ("kl", "--run"), ("kl --run nowhere", "nowhere"), ("all --run x", "choose from"),
+    ("kl --run x --seeds 0", "--seeds"), ("kl --run x --seed 1", "--seed: give"),
+    ("kl --run x --grpo-steps many", "--grpo-steps")])  # fmt: skip
+def test_wrong_input_is_one_line(command, words, message):
+    done = command("results/ablate.py", *words.split())
+    assert done.status == 2 and message in done.err and done.err.count("\n") == 1
+
+
+def test_the_mean_of_a_group_takes_noise_out_of_the_gradient(smoke):
+    noise = ablate.gradient_noise(smoke, groups=(2, 8), samples=32, repeats=6)
+    assert len(noise) == 6
+    assert 0 < noise[8, "group"][0] < noise[8, "none"][0]  # all rewards are below 0
+
+
+@pytest.mark.slow
+def test_a_tiny_ablation_runs_and_the_second_time_finds_its_runs(smoke, tmp_path):
+    flags = "--seeds 1 --grpo-steps 1 --prompts 2 --group-size 2 --eval-items 8 --eval-prompts 2"
+    argv = [sys.executable, ROOT / "results/ablate.py", "reward", "--run", smoke, "--out", tmp_path]
+    for started in (3, 0):
+        done = subprocess.run([*argv, *flags.split()], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("train.py --out") == started and "mix" in done.stdout
+
+
+def test_the_report_is_one_page_that_needs_no_other_file(smoke, tmp_path, command):
+    run = shutil.copytree(smoke, tmp_path / "run")
+    result = json.loads((run / "eval.json").read_text())
+    result["meta"]["command"] = 'train.py --out "<script>alert(1)</script>"'
+    (run / "eval.json").write_text(json.dumps(result))
+    done = command("results/report.py", run)
+    assert done.status == 0 and done.out.strip() == str(run / "report.html")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert page.count('src="data:image/png;base64,') == page.count("src=") == 3
+    assert not re.search("href|url\\(|@import|<link|<script|http", page)
+    assert "&lt;script&gt;" in page and "&quot;grpo_steps&quot;: 4" in page
+    assert f"{result['aligned']['understanding']['vqa']['value']:.3f} [" in page
+    assert (run / "curves.png").stat().st_size > 10000
+
+
+def test_panels_have_something_to_show(smoke):
+    log = read_log(smoke / "metrics.csv")
+    lines = {p.title: [label for label, _, _ in report.lines_of(log, p)] for p in report.PANELS}
+    assert lines["next-token loss"] == ["pretrain loss", "align nll"]  # not GRPO's loss
+    assert lines["loss of the reward's networks"] == ["clip loss", "clip_report loss"]
+    assert lines["exact KL to the base"] == ["kl_draw", "kl_caption", "kl_vqa", "kl_multihop"]
+    panel = next(panel for panel in report.PANELS if "clip range" in panel.title)
+    zero = [{"stage": "align", "step": "0", "clip_low_draw": "0", "clip_high_draw": "0"}]
+    assert report.lines_of(zero, panel) == []
+    assert all(panel.log for panel in report.PANELS if "loss" in panel.title)
+
+
+@pytest.mark.parametrize("name, mark, columns", [
+    ("reward and judge", "act", {"reward_draw": (-3, -1), "val_compose": (0.7, 0.4)}),
+    ("reward and judge", "good", {"reward_draw": (-3, -1), "val_compose": (0.7, 0.9)}),
+    ("diversity", "act", {"reward_draw": (-3, -1), "val_diversity_compose": (0.8, 0.2)}),
+    ("spread", "look", {"zero_spread_vqa": (0.9, 1)}), ("KL", "act", {"kl_draw": (0, 4)}),
+    ("KL", "look", {"kl_draw": (0, 1)}), ("entropy", "act", {"entropy_draw": (1, 0)}),
+    ("clipping", "look", {"clip_low_draw": (0.1, 0.1), "clip_high_draw": (0, 0.2)}),
+    ("skipped steps", "look", {"skipped": (0, 3)})])  # fmt: skip
+def test_health_sees_what_goes_wrong(name, mark, columns):
+    log = [{"stage": "align", "step": str(k), "skipped": "0"} for k in range(20)]
+    for column, (first, last) in columns.items():
+        for k, row in enumerate(log):
+            row[column] = str(first + (last - first) * k / 19)
+    validity = {"world compose": 0.5, "world compose size": 0.9, "world compose count": 0.6}
+    checks = report.health(log, validity)
+    assert (name, mark) in {check[:2] for check in checks}
+    assert ["count" in text for check, _, text in checks if check == "reward"] == [True]
