@@ -304,9 +304,9 @@ def edits(caption):
     >>> [e.text() for kind, e in edits(Caption((Mention("red", "circle"),))) if kind == "shape"]
     ['a red square', 'a red triangle']
     """
+    repeats = len(caption.kinds) - len(set(caption.kinds))
     for kind, e in _all_edits(*caption):
-        unique = len(set(e.kinds)) == len(e.kinds)
-        if e != caption and (unique or kind == "drop"):
+        if e != caption and len(e.kinds) - len(set(e.kinds)) <= repeats:
             yield kind, e
 
 
@@ -744,7 +744,10 @@ def fetch(url, scratch, check):
         return scratch
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         archive.extractall(scratch, filter="data")  # refuses links and paths that lead outside
-    return next(scratch.glob(f"*/{check}"))
+    folder = next(scratch.glob(f"*/{check}"), None)
+    if folder is None:
+        raise OSError(f"the archive has no folder {check}")
+    return folder
 
 
 def download(name, data_dir):
@@ -792,7 +795,7 @@ class FashionMNIST:
         if task == "vqa":
             return Example(task, picture, *self.asked(rng, name, noise), labels[i])
         if noise and rng.random() < noise["wrong"]:
-            name = rng.choice(FASHION_CLASSES)
+            name = rng.choice([other for other in FASHION_CLASSES if other != name])
         text = rng.choice(self.phrases).format(name)
         prompt, answer = (text, "") if task == "draw" else ("", text)
         return Example(task, picture, prompt, answer, labels[i])
@@ -917,6 +920,7 @@ class Shapes:
 
     name, tasks = "shapes", ("vqa", "multihop")
     real_items = True  # `splits` has all that is measured
+    mix = {"vqa": 1, "multihop": 3}  # of pre-training
 
     def __init__(self, root):
         real = {split: self.rows(root, split) for split in ("train.tiny", "train.small", "val")}
@@ -1083,6 +1087,7 @@ class Vocabulary:
         layout = self.layout(task)
         tokens = torch.full((len(examples), layout.length), PAD, device=codes.device)
         counts = torch.tensor([len(e.pictures) for e in examples])
+        assert len(codes) == counts.sum(), (len(codes), int(counts.sum()))
         first = counts.cumsum(0) - counts
         sentences, pictures = 0, 0
         several = sum(span.kind == "prompt" for span in layout.spans) > 1

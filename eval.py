@@ -218,6 +218,7 @@ class FashionJudge:
 
     def draw(self, examples, pictures):
         """(N,) bool: is each picture (N, 1, S, S, 3) of the class asked for?"""
+        assert len(pictures) == len(examples), (len(pictures), len(examples))
         return self.classify(pictures[:, 0]) == np.array([e.truth for e in examples])
 
     def failed(self, examples, pictures):
@@ -226,7 +227,8 @@ class FashionJudge:
 
     def caption(self, examples, texts):
         """(N,) bool: does a text name the class?"""
-        return np.array([t.split()[-1:] == e.answer.split()[-1:] for e, t in zip(examples, texts)])
+        pairs = zip(examples, texts, strict=True)
+        return np.array([t.split()[-1:] == e.answer.split()[-1:] for e, t in pairs])
 
 
 class KeyJudge:

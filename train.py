@@ -548,7 +548,8 @@ def pretraining_examples(run, rng, n, clean_answers=False):
     by_task = {}
     for _ in range(n):
         source = rng.choice(run.sources)
-        task = rng.choice([t for t in run.tasks(source) for _ in range(TASK_MIX[t])])
+        mix = getattr(source, "mix", TASK_MIX)
+        task = rng.choice([t for t in run.tasks(source) for _ in range(mix[t])])
         alone = task in ("draw", "caption") and rng.random() < ALONE
         pool = "three" if alone and (task == "caption" or rng.random() < 0.5) else "paired"
         noise = NOISE
