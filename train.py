@@ -223,17 +223,18 @@ def make_config(**given):
         (set(sources) <= set(SOURCES), "data", f"names from {', '.join(SOURCES)}"),
         (set(tasks) <= set(TASKS), "tasks", f"all, or names from {', '.join(TASKS)}"),
         ("story" not in tasks or "draw" in tasks, "tasks", "draw beside story"),
-        (needed & set(tasks), "tasks", f"{' or '.join(sorted(needed))}, for --method {c.method}"),
     ]
-    for name in set(sources) & set(SOURCES):
-        known = [task for task in SOURCES[name].tasks if task in GRPO_TASKS]
-        legal = f"{' or '.join(known)}, for --data {name}"
-        checks.append((set(known) & set(tasks), "tasks", legal))
+    known = {name: SOURCES[name].tasks for name in set(sources) & set(SOURCES)}
+    learned = {task for names in known.values() for task in names} & set(tasks)
+    legal = f"{' or '.join(sorted(needed))}, for --method {c.method}"
+    checks.append((needed & learned, "tasks", legal))
+    for name, names in known.items():
+        legal = f"{' or '.join(t for t in names if t in GRPO_TASKS)}, for --data {name}"
+        checks.append((set(names) & set(GRPO_TASKS) & learned, "tasks", legal))
     for ok, name, legal in checks:
         if not ok:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected {legal}")
-    known = {task for name in sources for task in SOURCES[name].tasks}
-    c.tasks = ",".join(task for task in tasks if task in known)
+    c.tasks = ",".join(task for task in tasks if task in learned)
     return c
 
 
@@ -587,9 +588,9 @@ def next_token_step(run, model, stage, method="unified"):
         rng = run.rng(stage, step, RANK)
         by_task = pretraining_examples(run, rng, run.config.batch, method == "sft")
         loss, tokens = next_token_loss(run, model, by_task)
-        if method in OBJECTIVES:
-            pairs = by_task.get("draw", []) + by_task.get("caption", [])
-            paired = [example for example, alone in pairs if not alone]
+        pairs = by_task.get("draw", []) + by_task.get("caption", [])
+        paired = [example for example, alone in pairs if not alone]
+        if method in OBJECTIVES and paired:
             torch.manual_seed(rng.getrandbits(60))  # of the codes that are hidden
             with run.autocast():
                 objective = OBJECTIVES[method](model, run.vocab, paired, run.codes(paired))

@@ -47,7 +47,7 @@ FLAGS = {  # of train.py: what the line says
     f"--seed {10**30}": "--seed 10+: exp", "--heads 5": "width 32: .* multiple of 2 x heads = 10",
     "--data syntetic": "--data syntetic: expected .*synthetic", "--data synthetic,": ",: expected",
     "--tasks draw,storys": "--tasks draw,storys: expected all, or .*story",
-    "--tasks text": "--tasks text: expected .*draw.* --method lvrpo",
+    "--tasks text": "--tasks text: expected .*draw",
     "--tasks caption,story": "--tasks caption,story: expected draw beside story",
     "--tasks vqa --method clip": "vqa: expected .*caption.* --method clip",
     "--tasks draw --method sft": "draw: expected .*vqa.* --method sft",
