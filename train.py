@@ -508,9 +508,9 @@ def fit(run, stage, model, steps, lr, step_of, after=None):
                 reason = f"{stage}: {too_far[0]} passed {run.config.max_kl} five steps on end"
                 raise Stopped(f"{reason}; raise --kl-coef or lower --grpo-lr")
             if run.interrupted or time.monotonic() - saved > SAVE_SECONDS:
-                save_state(model, update.optimizers, [step + 1, far, update.skipped], path)
-                metrics.write()
+                metrics.write()  # before the state: rows that are ahead of it are made again
                 timing.write()
+                save_state(model, update.optimizers, [step + 1, far, update.skipped], path)
                 saved = time.monotonic()
             if run.interrupted:
                 reason = f"interrupted in {stage} at step {step + 1}; {go_on(run)}"
@@ -872,7 +872,11 @@ def fitting_steps(run):
     slowness = slowness if c.method in OBJECTIVES else 1.0  # the others differ in data alone
     spent = stage_seconds(Path(c.base))
     budget = sum(spent.get(stage, 0.0) for stage in ("clip", "preference", "align"))
-    c.extra_steps = max(1, round(budget / spent["pretrain"] * c.pretrain_steps / slowness))
+    steps = budget / spent["pretrain"] * c.pretrain_steps / slowness
+    steps = torch.tensor(steps, device=run.device)
+    if WORLD_SIZE > 1:  # clocks differ; the number of steps must not
+        torch.distributed.broadcast(steps, 0)
+    c.extra_steps = max(1, round(float(steps)))
     print(f"{c.method}: {c.extra_steps} further steps fit {budget:.0f} seconds")
     write_config(run)
     return c.extra_steps
@@ -1055,7 +1059,7 @@ def run_stages(run):
         start = time.perf_counter()
         stage(run)
         print(f"{stage.__name__}: {time.perf_counter() - start:.0f} s", flush=True)
-        for state in run.folder.glob("state_*.safetensors"):
+        for state in run.folder.glob("*state_*.safetensors"):  # one may be half written
             state.unlink()
 
 

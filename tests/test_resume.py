@@ -13,9 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
-from safetensors.torch import load_file
 from test_train import read_json, rows_of, run_like
 
 import train
@@ -145,14 +143,14 @@ def test_one_process_at_a_time_resumes_and_a_finished_run_stays(smoke, tmp_path,
 
 def test_a_resumed_run_keeps_its_flags_but_for_where_it_runs(smoke, clothes, tmp_path):
     folder = shutil.copytree(smoke, tmp_path / "moved")
-    stored = read_json(folder / "config.json") | {"data": "fashion_mnist", "data_dir": "gone"}
-    (folder / "config.json").write_text(json.dumps(stored | {"tasks": ",".join(train.TASKS)}))
+    stored = read_json(folder / "config.json")
+    stored |= {"data": "fashion_mnist", "data_dir": "gone", "tasks": ",".join(train.TASKS)}
+    (folder / "config.json").write_text(json.dumps(stored))
     again = ["--resume", "--preset", "smoke", "--tasks", "all", "--out", str(folder)]
     config = parse_flags([*again, "--threads", "1", "--data-dir", str(tmp_path)])
     changed = dict(out=str(folder), resume=True, threads=1, data_dir=str(tmp_path))
     del stored["environment"]
-    assert config == Config(**stored | changed | {"tasks": ",".join(train.TASKS)})
-    assert train.Run(config).sources
+    assert config == Config(**stored | changed) and train.Run(config).sources
     with pytest.raises(ValueError, match="gone"):
         train.Run(parse_flags(again))
     with pytest.raises(ValueError, match=r"--grpo-steps 9: the run in .* has 4"):
@@ -185,8 +183,8 @@ def test_two_processes_with_their_own_data_go_the_same_way(smoke, tmp_path):
         port = server.getsockname()[1]
     flags = f"--preset smoke --device cpu --base {smoke} --method clip --extra-steps 0"
     python(RANKS, tmp_path, port, *flags.split())
-    ours, theirs = (load_file(tmp_path / rank / "aligned.safetensors") for rank in "01")
-    assert all(torch.equal(ours[k], theirs[k]) for k in ours | theirs)
+    ours, theirs = ((tmp_path / rank / "aligned.safetensors").read_bytes() for rank in "01")
+    assert ours == theirs
     for mine, other in zip(rows_of(tmp_path / "0"), rows_of(tmp_path / "1"), strict=True):
         assert mine["grad_norm"] == other["grad_norm"] and mine["loss"] != other["loss"]
 
