@@ -538,7 +538,8 @@ def fit_codebook(run):
     vocab = Vocabulary.build(texts, len(codebook.entries), codebook.side**2)
     psnr = codebook.psnr(pictures_of(examples[:500]))
     print(f"codebook: {vocab.n_codes} entries, {psnr:.1f} dB; {vocab.n_text} words")
-    vocab.tokenizer.save(str(run.folder / "tokenizer.json"))
+    with atomically(run.folder / "tokenizer.json") as new:
+        vocab.tokenizer.save(str(new))
     save_tensors({"entries": codebook.entries}, run.folder / "codebook.safetensors")
 
 
@@ -1103,7 +1104,7 @@ def stopped_by_signals(run):
 def join(config):
     """Meet the other processes. All but the first work on a copy of the run directory: one
     writes."""
-    gpus = torch.cuda.is_available()
+    gpus = pick_device(config.device)[0].type == "cuda"
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if gpus else "gloo")
