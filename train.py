@@ -586,6 +586,7 @@ def next_token_step(run, model, stage, method="unified"):
     """step_of for fit: (T2) of one batch, and a baseline's objective on its pictures with texts."""
 
     def step_of(step, update):
+        """One batch of rows."""
         rng = run.rng(stage, step, RANK)
         by_task = pretraining_examples(run, rng, run.config.batch, method == "sft")
         loss, tokens = next_token_loss(run, model, by_task)
@@ -632,6 +633,7 @@ def fit_clip(run, stage, sources, steps, noise, pools, held_out, longest):
     clip = CLIP(run.vocab.n_text, c.patch, width=c.clip_width).to(run.device)
 
     def step_of(step, update):
+        """One batch of pairs, each caption with its false edits."""
         rng, pictures, texts, edits = run.rng(stage, step, RANK), [], [], []
         for _ in range(c.clip_batch):
             source = rng.choice(sources)
@@ -682,6 +684,7 @@ def train_preference(run):
     ranked = ranked_samples(run, sources)
 
     def step_of(step, update):
+        """Preference pairs, half of them made, half sampled."""
         rng = run.rng("preference", step, RANK)
         own = rng.sample(ranked, min(PAIRS // 2, len(ranked)))
         pairs = own + make_pairs(rng.choice(sources), rng, PAIRS - len(own))
@@ -935,6 +938,7 @@ def watcher(run, model, every=20, prompts=32, group=4):
     (logged, never used), and sample pictures."""
 
     def watch(step):
+        """{column: value}, {} between two looks."""
         row = {}
         if step % every and step + 1 < run.config.grpo_steps:
             return row
