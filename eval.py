@@ -10,8 +10,9 @@ reward and chooses no checkpoint; temperatures are chosen on validation prompts,
        right, so differ = share of pairs of right pictures that differ, which does not, is beside it
   (E3) interval of a rate: Wilson, 95%         (E4) of a mean: mean +- 1.96 standard errors
   (E5) text NLL  = - sum of log-probs of held-out captions / their tokens, nats a token
-  (E6) retrieval: log p(c|x) - log mean_x' p(c|x') by the model itself; is its own the first of 64
-       candidates? Scenes one edit apart are among them
+  (E6) retrieval: log p(c|x) - log mean_x' p(c|x') by the model as it captions, plus
+       log p(x|c) - log mean_c' p(x|c') as it draws; is its own the first of 64 candidates? Scenes
+       one edit apart are among them. Intervals are of blocks of 64, which share candidates
   (E7) frechet   = |m - n|^2 + tr(C + D - 2 (C D)^(1/2)) of real and drawn pictures as the second
        CLIP sees them. It is not the FID of the Inception network
   (E8) story     = share of stories whose frames are all right and consistent
@@ -49,7 +50,7 @@ from data import (BACKGROUND, CELL, CELLS, COLORS, SHAPES, SIDE, SIZES, Example,
 from kernels import selected_logprobs
 from model import (Codebook, ModelConfig, Transformer, allowed_head, atomically, completion,
                    load_tensors, outputs, pick_device, sample)
-from reward import CLIP, clip_score, exact_match
+from reward import CLIP, clip_score, drawing_logprobs, exact_match
 
 # ------------------------------------------------ the judge: picture -> objects -> is it true?
 
@@ -323,20 +324,27 @@ def frechet(a, b):
     return float(np.square(m - n).sum() + np.trace(c) + np.trace(d) - 2 * both)  # (E7)
 
 
-def ranked_first(logprobs, also):
-    """logprobs (M, M) of text j given picture i; also (M, M) bool: text j is true of picture i
+def surprise(logprobs, axis):
+    """log p(a|b) -> log p(a|b) / p(a), where p(a) is the mean over b, which stands on this axis.
+    Short texts are likely whatever the picture, plain pictures whatever the text.
+
+    >>> surprise(np.log([[0.9, 0.3], [0.3, 0.3]]), 0).round(2).tolist()  # log of 1.5, 1, 0.5, 1
+    [[0.41, 0.0], [-0.69, 0.0]]
+    """
+    mean = np.logaddexp.reduce(logprobs, axis, keepdims=True) - math.log(logprobs.shape[axis])
+    return logprobs - mean
+
+
+def ranked_first(scores, also):
+    """scores (M, M) of picture i with text j; also (M, M) bool: text j is true of picture i
     without being its own, and no candidate -> (2, M) bool: is a picture's own text first, and a
     text's own picture?
 
-    Short texts are likely whatever the picture; the prior, a text's mean probability, is removed.
-
-    For the first picture 0.9/0.85 < 0.3/0.2:
-    >>> ranked_first(np.log([[0.9, 0.3], [0.8, 0.1]]), np.zeros((2, 2), bool)).tolist()
-    [[False, False], [True, False]]
+    >>> ranked_first(np.array([[0.9, 0.3], [0.95, 0.1]]), np.zeros((2, 2), bool)).tolist()
+    [[True, False], [False, False]]
     """
-    prior = np.logaddexp.reduce(logprobs, 0, keepdims=True) - math.log(len(logprobs))
-    pmi, own = np.where(also, -np.inf, logprobs - prior), np.arange(len(logprobs))  # (E6)
-    return np.stack((pmi.argmax(1) == own, pmi.argmax(0) == own))
+    scores, own = np.where(also, -np.inf, scores), np.arange(len(scores))
+    return np.stack((scores.argmax(1) == own, scores.argmax(0) == own))
 
 
 # ------------------------------------------------ what a model can do
@@ -438,16 +446,21 @@ def caption_logprobs(e, examples, texts, at_once=16):
 
 
 def retrievals(e, size=64):
-    """For at least n queries among 64 candidates: (2, N) bool, picture -> text and text ->
-    picture."""
-    rng, blocks = e.rng("retrieval"), []
+    """For blocks of 64 candidates, at least n in all: {direction: (2, blocks) float, the share of
+    pictures that find their text, and of texts that find their picture}."""
+    rng, shares = e.rng("retrieval"), defaultdict(list)
     for _ in range(math.ceil(e.n / size)):
         examples = e.source.hard_negatives(rng, size, e.split)
-        texts = [x.answer for x in examples]
+        texts, codes = [x.answer for x in examples], e.codes(examples)
         also = np.stack([e.judge.caption([x] * size, texts) for x in examples])
         np.fill_diagonal(also, False)
-        blocks.append(ranked_first(caption_logprobs(e, examples, texts), also))
-    return np.concatenate(blocks, 1)
+        drawn = drawing_logprobs(e.model, e.vocab, texts, codes.expand(size, -1, -1)).T
+        scores = {"caption": surprise(caption_logprobs(e, examples, texts), 0)}
+        scores["draw"] = surprise(drawn.cpu().numpy(), 1)
+        scores["both"] = scores["caption"] + scores["draw"]  # (E6)
+        for direction, some in scores.items():
+            shares[direction].append(ranked_first(some, also).mean(1))
+    return {direction: np.stack(some, 1) for direction, some in shares.items()}
 
 
 # ------------------------------------------------ metrics: name -> outcomes of the items
@@ -467,25 +480,34 @@ def composed(e, pool):
     return e.judge.draw(*e.once(drawings, pool))
 
 
+def drawn_score(e, examples, pictures):
+    """(N,) float: the second CLIP's score of each drawing (N, 1, S, S, 3)."""
+    texts = [x.prompt for x in examples]
+    return clip_score(e.clip, e.vocab, pictures[:, 0], texts).cpu().numpy()
+
+
+def drawn_distance(e, examples, pictures, pool):
+    """The Frechet distance of pictures (N, S, S, 3) from as many other real ones of a pool."""
+    real = pictures_of(e.examples("caption", len(examples), pool))
+    return frechet(e.clip.embed_image(pictures).cpu(), e.clip.embed_image(real).cpu())
+
+
 def scored(e):
-    """(N,) float: the second CLIP's score of each drawing."""
-    examples, pictures = e.once(drawings, "paired")
-    return clip_score(e.clip, e.vocab, pictures[:, 0], [x.prompt for x in examples]).cpu().numpy()
+    """(N,) float: how well drawings fit their prompts, by the second CLIP."""
+    return drawn_score(e, *e.once(drawings, "paired"))
 
 
 @torch.no_grad()
 def distance(e, pool="paired", floor=False):
-    """The Frechet distance of drawings, or, as its floor, of real pictures, from other real
-    pictures."""
+    """The Frechet distance of drawings, or, as its floor, of real pictures."""
     examples, pictures = e.once(drawings, pool)
-    real = pictures_of(e.examples("caption", len(examples), pool))
-    drawn = pictures_of(examples) if floor else pictures[:, 0]
-    return frechet(e.clip.embed_image(drawn).cpu(), e.clip.embed_image(real).cpu())
+    return drawn_distance(e, examples, pictures_of(examples) if floor else pictures[:, 0], pool)
 
 
-def retrieved(e, way):
-    """(N,) bool: is the own one ranked first? way 0: picture -> text, 1: text -> picture."""
-    return e.once(retrievals)[way]
+def retrieved(e, way, direction="both"):
+    """(blocks,) float: how often is the own one first? way 0: picture -> text, 1: text ->
+    picture."""
+    return e.once(retrievals)[direction][way]
 
 
 def storied(e, pool="paired", part="all"):
@@ -508,12 +530,16 @@ def text_nll(e):
 
 
 partial = functools.partial
-METRICS = {  # group: {metric: (task it needs, function of an Evaluator)}
+METRICS = {  # group: {metric: (tasks it needs, function of an Evaluator)}
     "understanding": {
         "vqa": ("vqa", partial(answered, task="vqa")),
         "vqa_three": ("vqa", partial(answered, task="vqa", pool="three")),
-        "retrieval_i2t_r1": ("caption", partial(retrieved, way=0)),
-        "retrieval_t2i_r1": ("caption", partial(retrieved, way=1)),
+        "retrieval_i2t_r1": ("caption draw", partial(retrieved, way=0)),
+        "retrieval_t2i_r1": ("caption draw", partial(retrieved, way=1)),
+        "retrieval_i2t_caption": ("caption", partial(retrieved, way=0, direction="caption")),
+        "retrieval_t2i_caption": ("caption", partial(retrieved, way=1, direction="caption")),
+        "retrieval_i2t_draw": ("draw", partial(retrieved, way=0, direction="draw")),
+        "retrieval_t2i_draw": ("draw", partial(retrieved, way=1, direction="draw")),
         "caption": ("caption", partial(answered, task="caption")),
         "caption_three": ("caption", partial(answered, task="caption", pool="three")),
     },
@@ -530,8 +556,8 @@ METRICS = {  # group: {metric: (task it needs, function of an Evaluator)}
         "story_frames": ("story", partial(storied, part="frames")),
         "story_consistent": ("story", partial(storied, part="consistent")),
         "story_three": ("story", partial(storied, pool="three")),
-        "diversity": (None, None),  # from the front
-        "diversity_heldout": (None, None),
+        "diversity": ("draw", None),  # from the front
+        "diversity_heldout": ("draw", None),
     },
     "reasoning": {
         "visual": ("verify", partial(answered, task="verify")),
@@ -551,7 +577,7 @@ def measure(e, tasks):
         cells[group] = dict.fromkeys(metrics)
         for name, (task, function) in metrics.items():
             several = name.endswith(("_three", "_heldout", "_pairs", "_unprompted"))
-            if task not in tasks or (several and not pools):
+            if function is None or not set(task.split()) <= set(tasks) or (several and not pools):
                 continue
             outcomes = function(e)
             values, weights = outcomes if isinstance(outcomes, tuple) else (outcomes, None)
@@ -564,10 +590,13 @@ def measure(e, tasks):
 # ------------------------------------------------ fronts, and a whole evaluation
 
 TEMPERATURES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+COLUMNS = ("", "_heldout", "_pairs")  # of a sweep: metrics of each pool end in this
 
 
+@torch.no_grad()
 def front(e, pool, prompts=128, group=8, temperatures=TEMPERATURES):
-    """A row a temperature: compose, diversity and differ (E2), over prompts x group pictures."""
+    """A row a temperature: compose, diversity and differ (E2) over prompts x group pictures, and
+    with a second CLIP its score, and frechet."""
     examples, rows = e.examples("draw", prompts, pool), []
     repeated = [x for x in examples for _ in range(group)]
     for t in temperatures:
@@ -575,38 +604,47 @@ def front(e, pool, prompts=128, group=8, temperatures=TEMPERATURES):
         right = e.judge.draw(repeated, pictures).reshape(prompts, group)
         distinct, differ = diversity(pictures.reshape(prompts, group, *pictures.shape[1:]), right)
         values = {"compose": float(right.mean()), "diversity": distinct, "differ": differ}
-        values = {k: round(v, 4) if v == v else None for k, v in values.items()}
+        if e.clip is not None:
+            values["clip_score"] = float(drawn_score(e, repeated, pictures).mean())
+            values["frechet"] = drawn_distance(e, repeated, pictures[:, 0], pool)
+        values = {k: round(v, 4) if math.isfinite(v) else None for k, v in values.items()}
         rows.append({"temperature": t} | values)
     return rows
 
 
 def sweep(e, prompts):
-    """The fronts of common prompts, and beside them, as *_heldout, of three objects."""
-    rows = front(e, e.judge.pools["compose"], prompts)
-    if "compose_heldout" in e.judge.pools:
-        for row, more in zip(rows, front(e, e.judge.pools["compose_heldout"], prompts)):
-            row |= {f"{k}_heldout": v for k, v in more.items() if k != "temperature"}
+    """The fronts of all pools of COLUMNS that a source has, side by side."""
+    rows = [{"temperature": t} for t in TEMPERATURES]
+    for suffix in COLUMNS:
+        if f"compose{suffix}" in e.judge.pools:
+            pool = e.judge.pools[f"compose{suffix}"]
+            for row, more in zip(rows, front(e, pool, prompts), strict=True):
+                row |= {f"{k}{suffix}": v for k, v in more.items() if k != "temperature"}
     return rows
 
 
-def evaluate(evaluators, tasks, prompts=128):
-    """The numbers of eval.json of one source (meta is the caller's), and "items", the outcome of
-    every item. evaluators: {(model, split): Evaluator}, models "base" and "aligned", splits "val"
-    and "test"."""
-    result = {"sweep": {}, "best_temperature": {}, "items": {}}
-    for name in ("base", "aligned"):
-        test, val = evaluators[name, "test"], evaluators[name, "val"]
-        result["judge_accuracy"] = test.judge.accuracy
-        result[name], result["items"][name] = measure(test, tasks)
-        if "draw" not in tasks:
-            continue
-        result["sweep"][name] = rows = sweep(test, prompts)
+def evaluate(test, val, tasks, prompts=128):
+    """All that is measured of one model on one source, by its Evaluators on both splits:
+    {"numbers": {group: {metric: cell}}, "items": {metric: outcomes}, "sweep", "temperature": the
+    best one}."""
+    cells, items = measure(test, tasks)
+    result = {"numbers": cells, "items": items, "sweep": [], "temperature": None}
+    if "draw" in tasks:
+        result["sweep"] = rows = sweep(test, prompts)
         choices = front(val, val.judge.pools["compose"], max(prompts // 2, 2), 2)
-        best = max(choices, key=lambda row: row["compose"])
-        result["best_temperature"][name] = best["temperature"]
+        result["temperature"] = max(choices, key=lambda row: row["compose"])["temperature"]
         for key in ("diversity", "diversity_heldout"):  # at temperature 1
             if rows[-1].get(key) is not None:
-                result[name]["generation"][key] = cell(rows[-1][key]) | {"n": 8 * prompts}
+                cells["generation"][key] = cell(rows[-1][key]) | {"n": 8 * prompts}
+    return result
+
+
+def merged(models, accuracy):
+    """The part of eval.json of one source, of what `evaluate` gives for base and aligned."""
+    result = {name: m["numbers"] for name, m in models.items()} | {"judge_accuracy": accuracy}
+    drawn = {name: m for name, m in models.items() if m["sweep"]}
+    result["sweep"] = {name: m["sweep"] for name, m in drawn.items()}
+    result["best_temperature"] = {name: m["temperature"] for name, m in drawn.items()}
     return result
 
 
@@ -683,19 +721,36 @@ def numbers(result, model):
     return flat | {"front": result["sweep"].get(model, [])}
 
 
-def at_equal_diversity(fronts):
-    """{method: rows} -> {method: {metric: quality}} at the most diversity that all of them
-    reach."""
-    found = {method: {} for method in fronts}
-    for column, measure in itertools.product(("", "_heldout"), ("diversity", "differ")):
-        reached = []
-        for rows in fronts.values():
-            reached.append(max((row.get(measure + column) or 0 for row in rows), default=0))
-        for method, rows in fronts.items():
-            if min(reached) > 0:
-                quality = quality_at(rows, min(reached), column, measure)
-                found[method][f"compose{column} @ {measure}"] = quality
-    return found
+def front_gap(ours, theirs, column="", measure="diversity", points=21):
+    """The mean difference in quality of two fronts, ours - theirs, over the diversities that both
+    reach; None where they share none.
+
+    >>> low, high = {"compose": 0.8, "diversity": 0.2}, {"compose": 0.6, "diversity": 0.6}
+    >>> front_gap([low | {"compose": 0.9}, high | {"compose": 0.7}], [low, high])
+    0.1
+    """
+    ends = []
+    for rows in (ours, theirs):
+        reached = [row[measure + column] for row in rows if row.get(measure + column)]
+        ends.append((min(reached, default=1.0), max(reached, default=0.0)))
+    (a, b), (c, d) = ends
+    if max(a, c) > min(b, d):
+        return None
+    levels = np.linspace(max(a, c), min(b, d), points)
+    pairs = [[quality_at(rows, x, column, measure) for x in levels] for rows in (ours, theirs)]
+    return round(float(np.subtract(*pairs).mean()), 4)
+
+
+def differences(ours, theirs):
+    """{metric: ours - theirs} of two `numbers`; drawings at equal diversity by both measures."""
+    rows = {}
+    for metric, value in ours.items():
+        if metric != "front" and None not in (value, theirs.get(metric)):
+            rows[metric] = value - theirs[metric]
+    for column, measure in itertools.product(COLUMNS, ("diversity", "differ")):
+        gap = front_gap(ours["front"], theirs["front"], column, measure)
+        rows |= {} if gap is None else {f"compose{column} @ equal {measure}": gap}
+    return rows
 
 
 def compare(folders):
@@ -715,23 +770,20 @@ def compare(folders):
 def comparison(runs):
     """The table of {method: {seed: numbers}}."""
     first, *others = sorted(runs, key=lambda m: (m == "base", m != "lvrpo", m))
-    for seed in set.intersection(*(set(seeds) for seeds in runs.values())):
-        for method, values in at_equal_diversity({m: runs[m][seed]["front"] for m in runs}).items():
-            runs[method][seed] |= values
-    heads = [f"{m} (n={len(runs[m])})" for m in (first, *others)]
-    heads += [f"{first} - {m}" for m in others]
-    lines = [f"{'':30}" + "".join(f"{head:>20}" for head in heads)]
-    metrics = dict.fromkeys(m for values in runs[first].values() for m in values)
-    for metric in metrics:
-        values = {}
-        for method, seeds in runs.items():
-            values[method] = {s: r[metric] for s, r in seeds.items() if r.get(metric) is not None}
-        if metric != "front" and any(values.values()):
-            cells = [over_seeds(list(values[m].values())) for m in (first, *others)]
-            mine = values[first]
-            for m in others:
-                cells.append(over_seeds([mine[s] - values[m][s] for s in mine if s in values[m]]))
-            lines.append(f"{metric:30}" + "".join(f"{c:>20}" for c in cells))
+    heads = {m: f"{m} (n={len(runs[m])})" for m in (first, *others)}
+    columns = {head: list(runs[m].values()) for m, head in heads.items()}
+    for other in others:
+        seeds = [seed for seed in runs[first] if seed in runs[other]]
+        pairs = [(runs[first][seed], runs[other][seed]) for seed in seeds]
+        columns[f"{first} - {other}"] = [differences(*pair) for pair in pairs]
+    lines = [f"{'':30}" + "".join(f"{head:>20}" for head in columns)]
+    metrics = dict.fromkeys(m for rows in columns.values() for row in rows for m in row)
+    for metric in [m for m in metrics if m != "front"]:
+        cells = []
+        for rows in columns.values():
+            cells.append(over_seeds([row[metric] for row in rows if row.get(metric) is not None]))
+        if set(cells) != {"-"}:
+            lines.append(f"{metric:30}" + "".join(f"{cell:>20}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -15,6 +15,9 @@ learned from pairs of which one is preferred; the two can be mixed.
   (R6) P(better > worse) = sigmoid(R(better) - R(worse)),  L = -mean log P         Bradley-Terry
   (R7) r(x, c) = log sigmoid(R(x, c) - anchor), cut at FLOOR                       preference
   (R8) min(r, log SURE)                                                    the reward in use
+  (R9) r(x, c) = log [ p(x|c) / sum_{c' in c + edits of c} p(x|c') ]       likelihood contrast:
+       p is the frozen base itself; then as (R8)
+  (R10) r - rarity log n    for a drawing that n of its group share        inverse frequency
 
 Why (R8): among right candidates s and (R3) still differ a little, for no reason that matters, and
 a policy that follows them draws the same few pictures. (R8) is flat when a picture is right. Why
@@ -36,9 +39,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import (COUNTS, END_THINK, FASHION_CLASSES, NOISE, PAD, THINK, by_kind, edits, in_pool,
-                  parse_caption, render, scene_edits)
-from model import Block, RMSNorm, at_least_float32, rotation
+from data import (COUNTS, END_THINK, FASHION_CLASSES, NOISE, PAD, THINK, Example, by_kind, edits,
+                  in_pool, parse_caption, render, scene_edits)
+from model import Block, RMSNorm, allowed_head, at_least_float32, completion, matmul, rotation
 
 FLOOR = -6.0  # a hopeless candidate is not worse than a bad one
 SURE = 0.5  # likelier than all its edits together is sure enough: the reward stops rising
@@ -141,6 +144,43 @@ def match_logprob(clip, vocab, pictures, texts, edits):
     logits = clip.log_scale.exp() * clip.similarity(clip.image(pictures), words)
     logits = logits.masked_fill(which < 0, -torch.inf)
     return logits.log_softmax(-1)[:, 0].clamp(min=FLOOR)  # (R3)
+
+
+@torch.no_grad()
+def drawing_logprobs(model, vocab, texts, codes, at_once=512):
+    """log p(picture | text) under a policy: M texts with G pictures each, codes (M, G, P) ->
+    (M, G)."""
+    layout, group = vocab.layout("draw", codes.device), codes.shape[1]
+    rows = vocab.rows("draw", [Example("draw", (), text, "") for text in texts], codes[:0, 0])
+    rows = rows.repeat_interleave(group, 0)
+    rows[:, layout.chosen] = codes.flatten(0, 1) + vocab.n_text
+    logprobs = []
+    for some in rows.split(max(at_once // group, 1) * group):
+        states, targets, _ = completion(model, layout, some, group)
+        logits = matmul(states.flatten(0, 1), allowed_head(model, layout).T.to(states.dtype))
+        nll = F.cross_entropy(logits, targets.flatten(), reduction="none")
+        logprobs.append(-nll.view(-1, group, targets.shape[1]).sum(2))
+    return torch.cat(logprobs)
+
+
+def likelihood_contrast(model, vocab, codebook, pictures, texts, edits):
+    """How surely was each picture drawn for its text and not for an edit of it, by the
+    probabilities of a policy? Arguments after the first three, and result, as of match_logprob."""
+    choices = [list(dict.fromkeys((text, *others))) for text, others in zip(texts, edits)]
+    counts = [len(some) for some in choices]
+    codes = codebook.encode(torch.as_tensor(pictures, device=model.head.device))
+    codes = codes.view(len(texts), -1, codes.shape[1])  # (M, G, P)
+    codes = codes.repeat_interleave(torch.tensor(counts, device=codes.device), 0)
+    logprobs = drawing_logprobs(model, vocab, [text for some in choices for text in some], codes)
+    contrasts = [part[0] - part.logsumexp(0) for part in logprobs.split(counts)]
+    return torch.cat(contrasts).clamp(min=FLOOR)  # (R9)
+
+
+def log_multiplicity(pictures, group):
+    """log of how many of its group share a picture, itself included: (N, ...) -> (N,)."""
+    keys = [picture.tobytes() for picture in pictures]
+    groups = [keys[i - i % group : i - i % group + group] for i in range(len(keys))]
+    return torch.tensor([math.log(g.count(key)) for key, g in zip(keys, groups)])  # (R10)
 
 
 @torch.no_grad()
@@ -363,10 +403,17 @@ DRAWING_EDITS, CAPTION_EDITS = 12, 32
 
 
 def reward_drawing(rewards, source, examples, pictures, rng):
-    """Does each picture (N, 1, S, S, 3) show its prompt?"""
-    texts = [e.prompt for e in examples]
+    """Does each picture (N, 1, S, S, 3) show its prompt, and is it not what all others drew?"""
+    texts, pictures = [e.prompt for e in examples], pictures[:, 0]
     negatives = [source.negatives(rng, text, DRAWING_EDITS) for text in texts]
-    return rewards.match(pictures[:, 0], texts, negatives)
+    parts = rewards.match(pictures, texts, negatives)
+    if rewards.contrast:
+        vocab, codebook = rewards.vocab, rewards.codebook
+        contrast = likelihood_contrast(rewards.base, vocab, codebook, pictures, texts, negatives)
+        parts["contrast"] = contrast.clamp(max=math.log(SURE)).cpu()
+    if rewards.rarity:
+        parts["rarity"] = -log_multiplicity(pictures, len(pictures) // len(texts))
+    return parts
 
 
 def reward_story(rewards, source, examples, pictures, rng):
@@ -421,9 +468,18 @@ REWARDS = {
 class Rewards:
     """The rewards of every task, and how much each part of them counts (MIXES)."""
 
-    def __init__(self, clip, vocab, preference=None, weights=MIXES["rule"]):
+    def __init__(self, clip, vocab, preference=None, weights=MIXES["rule"], base=None,
+                 codebook=None, contrast=0.0, rarity=0.0):
         self.clip, self.vocab, self.preference, self.weights = clip, vocab, preference, weights
+        self.base, self.codebook, self.contrast, self.rarity = base, codebook, contrast, rarity
         self.scorers = ("clip",) if preference is None else ("clip", "preference")
+
+    def weights_of(self, task):
+        """{part: how much it counts} in a task."""
+        if task != "draw":
+            return self.weights
+        kept = {name: (1 - self.contrast) * self.weights[name] for name in self.scorers}
+        return kept | {"contrast": self.contrast, "rarity": self.rarity}
 
     def match(self, pictures, texts, edits):
         """{scorer: (N,) on the CPU}: how well N pictures fit M texts, N / M consecutive ones
@@ -439,7 +495,8 @@ class Rewards:
         {part: (B, G)})."""
         parts = REWARDS[task](self, source, examples, outputs, rng)
         parts = {name: value.float().view(len(examples), -1) for name, value in parts.items()}
-        return sum(self.weights[name] * value for name, value in parts.items()), parts
+        weights = self.weights_of(task)
+        return sum(weights[name] * value for name, value in parts.items()), parts
 
 
 def agreement(rewards, right, wrong):

@@ -32,6 +32,7 @@ import atexit
 import contextlib
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -58,7 +59,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import eval as evaluation
-from data import NOISE, SOURCES, Layout, Vocabulary, make_sources, pictures_of
+from data import END_THINK, NOISE, SOURCES, Layout, Vocabulary, make_sources, pictures_of
 from grpo import (combine_rewards, contrastive_loss, dpo_loss, group_advantages, grpo_loss,
                   look_back, masked_code_loss, pairwise_advantages, rejection_loss)
 from kernels import fused_linear_grpo_loss, selected_logprobs
@@ -120,6 +121,8 @@ class Config:
     clip_batch: int = option("reward", 64, "pairs a step")
     clip_width: int = option("reward", 64, "of the encoders")
     reward: str = option("reward", "rule", "CLIP score, preferences or both", tuple(MIXES))
+    contrast: float = option("reward", 0.5, "share of the base's likelihoods in that of drawings")
+    rarity: float = option("reward", 0.3, "what a drawing loses that others of its group share")
     preference_steps: int = option("reward", 500, "of the preference model")
     grpo_steps: int = option("GRPO", 60, "each samples, rewards and learns")
     prompts: int = option("GRPO", 16, "prompts to draw a step; of other tasks see GRPO_TASKS")
@@ -146,6 +149,8 @@ TOKEN_WEIGHT = {"draw": 1.5, "vqa": 4.0, "verify": 4.0, "story": 1.5}  # an answ
 # Share of drawings without words (half of three objects) and of captions without a picture (all of
 # three): they are cheap, and let a policy sample what no pair ever showed it.
 ALONE = 0.2
+# Share of a baseline's unpaired rows that are prompts of GRPO, see `prompts_shown`.
+SHOWN = 0.5
 # Task: weight of its loss; prompts sampled and kept, as shares of --prompts. The kept ones have the
 # widest spread of rewards. A picture's reward is spread over many tokens, an answer's over two.
 GRPO_TASKS = {
@@ -153,7 +158,7 @@ GRPO_TASKS = {
     "verify": (0.5, 2, 0.5), "story": (2.0, 0.5, 0.5),
 }  # fmt: skip
 ANSWERED = ("vqa", "multihop", "verify")  # tasks whose reward is a key
-MAY_BE_ZERO = ("seed", "threads", "extra_steps", "kl_coef", "ptx_coef")
+MAY_BE_ZERO = ("seed", "threads", "extra_steps", "kl_coef", "ptx_coef", "contrast", "rarity")
 MOST_CODES, CLIP_EDITS, REWARD_LR, PAIRS = 1024, 4, 3e-3, 32
 
 
@@ -318,7 +323,9 @@ class Run:
             preference = PreferenceModel(self.vocab.n_text, c.patch, width=c.clip_width)
             evaluation.load_weights(preference, self.folder / "preference.safetensors")
             preference = preference.to(self.device).eval()
-        return Rewards(clip, self.vocab, preference, MIXES[mix])
+        base = self.policy("base").eval().requires_grad_(False) if c.contrast else None
+        drawings = base, self.codebook, c.contrast, c.rarity
+        return Rewards(clip, self.vocab, preference, MIXES[mix], *drawings)
 
     def evaluator(self, model, source, split="val", seed=None, rewards=None):
         """A model that can be asked and judged, on scenes of a split."""
@@ -543,11 +550,11 @@ def fit_codebook(run):
     save_tensors({"entries": codebook.entries}, run.folder / "codebook.safetensors")
 
 
-def pretraining_examples(run, rng, n, clean_answers=False):
-    """n examples by TASK_MIX: {task: [(example, is its prompt dropped?)]}. clean_answers (the
-    control sft): questions as in GRPO, about three objects too, with the answers that GRPO's
-    reward knows."""
-    by_task = {}
+def pretraining_examples(run, rng, n, method="pretrain", also=None):
+    """n examples by TASK_MIX: {task: [(example, is its prompt dropped?)]}. also: `prompts_shown`,
+    which take the place of every other row of their task. sft, a control, has clean answers to
+    questions as GRPO's in all rows that ask."""
+    by_task, also = {}, also or {}
     for _ in range(n):
         source = rng.choice(run.sources)
         mix = getattr(source, "mix", TASK_MIX)
@@ -555,10 +562,34 @@ def pretraining_examples(run, rng, n, clean_answers=False):
         alone = task in ("draw", "caption") and rng.random() < ALONE
         pool = "three" if alone and (task == "caption" or rng.random() < 0.5) else "paired"
         noise = NOISE
-        if clean_answers and task in ANSWERED:
+        if method == "sft" and task in ANSWERED:
             pool, noise = source.prompt_pool(rng, task), None
-        by_task.setdefault(task, []).append((source.example(rng, task, pool, noise), alone))
+        example = source.example(rng, task, pool, noise)
+        unpaired = alone or task not in ("draw", "caption")
+        if also.get(task) and unpaired and rng.random() < SHOWN:
+            example = rng.choice(also[task])
+        by_task.setdefault(task, []).append((example, alone))
     return by_task
+
+
+def prompts_shown(run):
+    """What all steps of GRPO will see of the data, in the form that next tokens can learn it:
+    {task: examples}. The texts to draw, without a picture; the pictures to describe, without a
+    text; and the questions with their answers, without steps."""
+    shown = defaultdict(list)
+    for step, task in itertools.product(range(run.config.grpo_steps), GRPO_TASKS):
+        if not run.sources_of(task):
+            continue
+        for e in grpo_prompts(run, run.rng("grpo", step, task, RANK), task)[1]:
+            if task == "draw":
+                for unpaired in ("text", "caption"):
+                    shown[unpaired].append(e._replace(task=unpaired, prompt="", answer=e.prompt))
+            elif task == "caption":
+                shown["draw"].append(e._replace(task="draw", prompt="", answer=""))
+            elif task in ANSWERED:
+                answer = e.answer.split(f"{END_THINK} ")[-1]
+                shown[task].append(e._replace(answer=answer))
+    return shown
 
 
 def next_token_loss(run, model, by_task):
@@ -579,16 +610,19 @@ def next_token_loss(run, model, by_task):
 
 OBJECTIVES = {"clip": contrastive_loss, "beit": masked_code_loss}  # beside the next token
 OBJECTIVE_WEIGHT = 0.5
-NEXT_TOKEN = ("unified", "clip", "beit", "sft")  # methods that go on with pre-training's loss
+BASELINES = ("unified", "clip", "beit")  # these also see what GRPO's prompts show, see SHOWN
+NEXT_TOKEN = (*BASELINES, "sft")  # methods that go on with pre-training's loss
 
 
-def next_token_step(run, model, stage, method="unified"):
+def next_token_step(run, model, stage, method="pretrain"):
     """step_of for fit: (T2) of one batch, and a baseline's objective on its pictures with texts."""
+
+    also = prompts_shown(run) if method in BASELINES else {}
 
     def step_of(step, update):
         """One batch of rows."""
         rng = run.rng(stage, step, RANK)
-        by_task = pretraining_examples(run, rng, run.config.batch, method == "sft")
+        by_task = pretraining_examples(run, rng, run.config.batch, method, also)
         loss, tokens = next_token_loss(run, model, by_task)
         pairs = by_task.get("draw", []) + by_task.get("caption", [])
         paired = [example for example, alone in pairs if not alone]
@@ -597,7 +631,8 @@ def next_token_step(run, model, stage, method="unified"):
             with run.autocast():
                 objective = OBJECTIVES[method](model, run.vocab, paired, run.codes(paired))
             loss = loss + OBJECTIVE_WEIGHT * objective
-        labels = sum(len(by_task.get(task, ())) for task in ANSWERED) * (method == "sft")
+        labels = sum(len(by_task.get(task, ())) for task in ANSWERED)
+        labels *= {"sft": 1.0}.get(method, SHOWN if also else 0.0)
         return update(loss) | {"tokens": tokens, "labels": labels}
 
     return step_of
@@ -657,6 +692,7 @@ def check_reward(run, mix, name="base", prompts=48, group=8, least=5):
     and after? On validation prompts, and by kind of fault where `least` drawings have only that
     one."""
     model, rewards, shares = run.policy(name), run.rewards(mix), {}
+    rewards.rarity = 0.0  # which says nothing of right and wrong
     for source in run.sources_of("draw"):
         e = run.evaluator(model, source)
         for pool in [p for p in ("compose", "compose_heldout") if p in e.judge.pools]:
@@ -758,7 +794,7 @@ def grpo_step(run, policy, reference, reward, step, update):
         rewards, parts = reward(source, task, examples, answers, rng)  # (B, G)
         row |= reward_columns(task, rewards, parts)
         tokens, rewards, parts = most_informative(run, task, tokens, rewards, parts)
-        advantages = advantages_of(c, rewards, parts, reward.weights)  # (N,)
+        advantages = advantages_of(c, rewards, parts, reward.weights_of(task))  # (N,)
         with run.autocast():
             states, targets, mask = completion(policy, layout, tokens, c.group_size)  # (N, T, ...)
             with torch.no_grad():
@@ -866,12 +902,12 @@ def fitting_steps(run):
     the base run, by how much slower than a plain step one is here and now: medians of a few, in
     turns."""
     c, policy, seconds = run.config, run.policy("base"), defaultdict(list)
-    update = Updater("timing", policy, 0.0)
-    for step in range(7):
-        for method in ("unified", c.method):
-            start = time.perf_counter()
-            next_token_step(run, policy, "timing", method)(step, update)
-            seconds[method].append(time.perf_counter() - start)
+    update, methods = Updater("timing", policy, 0.0), ("unified", c.method)
+    steps_of = {method: next_token_step(run, policy, "timing", method) for method in methods}
+    for step, method in itertools.product(range(7), methods):
+        start = time.perf_counter()
+        steps_of[method](step, update)
+        seconds[method].append(time.perf_counter() - start)
     slowness = statistics.median(seconds[c.method]) / statistics.median(seconds["unified"])
     slowness = slowness if c.method in OBJECTIVES else 1.0  # the others differ in data alone
     spent = stage_seconds(Path(c.base))
@@ -965,16 +1001,17 @@ def evaluate(run):
         clip = evaluation.load_clip(run.folder, "clip_report", run.vocab, vars(c), run.device)
     models = {name: run.policy(name).eval() for name in ("base", "aligned")}
     rewards = {"base": None, "aligned": run.rewards(c.reward) if c.method == "best_of_n" else None}
+    known = base_measured(c)
     for source in run.sources:
-        evaluators = {}
-        for name, model in models.items():
-            for split in ("test", "val"):
-                e = run.evaluator(model, source, split, rewards=rewards[name])
-                e.clip = clip
-                evaluators[name, split] = e
-        result = evaluation.evaluate(evaluators, run.tasks(source), c.eval_prompts)
-        results[source.name], items[source.name] = result, result.pop("items")
-        print(f"\n{source.name}\n{evaluation.table(result)}")
+        measured = {"base": known[source.name]} if known else {}
+        for name in [name for name in models if name not in measured]:
+            test, val = (run.evaluator(models[name], source, split, rewards=rewards[name])
+                         for split in ("test", "val"))
+            test.clip = clip
+            measured[name] = evaluation.evaluate(test, val, run.tasks(source), c.eval_prompts)
+        items[source.name] = {name: m["items"] for name, m in measured.items()}
+        results[source.name] = evaluation.merged(measured, test.judge.accuracy)
+        print(f"\n{source.name}\n{evaluation.table(results[source.name])}")
     before, after = (draw_samples(run, m, name, 4, rewards[name]) for name, m in models.items())
     both = [(p, np.concatenate((a, b)), np.concatenate((x, y)))
             for (p, a, x), (_, b, y) in zip(before, after, strict=True)]
@@ -989,12 +1026,31 @@ def evaluate(run):
     write_json(run.folder / "eval.json", evaluation.joined(results, meta))
 
 
+def base_measured(c):
+    """{source: what evaluation.evaluate gave for the base} by the run of --base, if the same
+    commit measured it on the same scenes; else {}."""
+    base, commit, measured = Path(c.base), commit_of_code(), {}
+    if not c.base or not all((base / name).is_file() for name in ("eval.json", "items.json")):
+        return {}
+    result = evaluation.read_result(base)
+    same = all(result["meta"]["config"].get(k) == getattr(c, k) for k in MEASURED_ALIKE)
+    if not same or not commit or "+" in commit or result["meta"]["commit"] != commit:
+        return {}
+    items = json.loads((base / "items.json").read_text(encoding="utf-8"))
+    for name, part in evaluation.by_source(result).items():
+        sweep, best = part["sweep"].get("base", []), part["best_temperature"].get("base")
+        numbers = {"numbers": part["base"], "items": items[name]["base"]}
+        measured[name] = numbers | {"sweep": sweep, "temperature": best}
+    return measured
+
+
 # ------------------------------------------------ the command
 
 
-def describe(run):
-    """What a result needs beside it: command, commit, device, machine, versions."""
-    here, commit = Path(__file__).resolve().parent, ""
+def commit_of_code():
+    """The commit of these files, with "+changes" where they differ from it; "" where git knows
+    nothing of them."""
+    here = Path(__file__).resolve().parent
 
     def git(*words):
         done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=here)
@@ -1003,12 +1059,17 @@ def describe(run):
     with contextlib.suppress(OSError):  # no git on this machine
         if git("rev-parse", "--show-toplevel") == str(here):  # not a copy in another repository
             changes = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-            commit = git("rev-parse", "--short", "HEAD") + changes
+            return git("rev-parse", "--short", "HEAD") + changes
+    return ""
+
+
+def describe(run):
+    """What a result needs beside it: command, commit, device, machine, versions."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     machine = gpu or platform.processor() or platform.machine()
     return {
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit,
+        "commit": commit_of_code(),
         "device": run.reason,
         "threads": torch.get_num_threads(),
         "machine": f"{machine}, {os.cpu_count()} CPU cores",
@@ -1021,6 +1082,7 @@ def write_config(run):
     write_json(run.folder / "config.json", settings)
 
 
+MEASURED_ALIKE = ("seed", "data", "tasks", "eval_items", "eval_prompts")
 INHERITED = ("data", "tasks", "patch", "jitter", "width", "layers", "heads", "clip_width")
 
 

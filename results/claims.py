@@ -1,15 +1,18 @@
-"""Do the paper's claims hold? Verdicts from finished runs of every method; nothing is trained here.
+"""Do the paper's claims hold? Verdicts from finished runs, by the rule of rule.md.
 
-  difference   lvrpo minus the other method, paired: both see the same test items
-  interval     95%, paired bootstrap: seeds are drawn with replacement, then the items of each.
-               With 3 to 5 seeds it is too narrow: Student's t over the seeds stands beside it
-  verdict      by both intervals, see `verdict`; against controls the least is 0
+  outcomes     what the runs left: the numbers of every seed, the outcome of every test item, what
+               each method used. outcomes.json.gz keeps them, so that anyone can judge again
+  difference   lvrpo minus the other method, seed by seed: the same base, the same test items
+  interval     95%, Student's t over seeds. Beside it a paired bootstrap over seeds and items
+  verdict      by the interval of Student's t, see `verdict`
 
-Writes claims.json, claims.md and claims.png. reproduce.py makes the runs and calls this.
+Writes outcomes.json.gz, claims.json, claims.md and claims.png. reproduce.py makes the runs and
+calls this; recompute.py starts from outcomes.json.gz.
 
     $ python results/claims.py runs/reproduce      # 30 seconds
 """
 
+import gzip
 import json
 import sys
 from collections import defaultdict
@@ -21,181 +24,283 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval import T_QUANTILES, Parser, at_equal_diversity, by_source, numbers, read_result
+from eval import T_QUANTILES, Parser, by_source, differences, numbers, read_result
 from model import atomically
 from train import read_log
 
-CLAIMS = {  # metric: what the paper says, and the least that it claims. The first four are primary
-    "vqa": ("understanding: 3 to 5 points over the baselines", 0.03),
-    "clip_score": ("generation: a better CLIP score", 0.0),
-    "compose": ("generation: strong controllability", 0.0),
-    "multihop_three": ("reasoning: 5 to 8 points over the baselines", 0.05),
+CLAIMS = {  # metric: what the paper says, and the least that it claims
+    "vqa": ("understanding, questions: 3 to 5 points", 0.03),
+    "vqa_three": ("understanding, questions about three objects", 0.03),
+    "caption_three": ("understanding, captions of three objects", 0.03),
     "retrieval_i2t_r1": ("understanding, retrieval: 3 to 5 points", 0.03),
     "retrieval_t2i_r1": ("understanding, retrieval: 3 to 5 points", 0.03),
+    "compose": ("generation, controllability, T = 1", 0.0),
+    "compose @ best T": ("generation, controllability, each at its best T", 0.0),
+    "compose @ equal diversity": ("generation, controllability at equal diversity", 0.0),
+    "compose @ equal differ": ("generation, controllability at equal diversity", 0.0),
+    "compose_heldout": ("generation, three objects", 0.0),
+    "clip_score": ("generation: a better CLIP score", 0.0),
+    "frechet_three": ("generation: a better FID, here of three objects", 0.0),
+    "multihop": ("reasoning, two hops: 5 to 8 points", 0.05),
+    "multihop_three": ("reasoning, two hops among three objects: 5 to 8 points", 0.05),
 }
+LOWER_IS_BETTER = ("frechet_three",)
 BASELINES, CONTROLS = ("unified", "clip", "beit"), ("sft", "rejection", "dpo", "best_of_n")
+REWARDED = ("lvrpo", "rejection", "dpo", "best_of_n")
+# What each method learns from after the base. Same words in two columns: the very same items.
+SHARED = {
+    "noisy pairs": "the pre-training stream goes on",
+    "unpaired texts": "the stream, and GRPO's prompts to draw",
+    "unpaired pictures": "the stream, and GRPO's pictures to describe",
+}
+BY_NEXT_TOKEN = {"labelled questions": "GRPO's, answers by next tokens", "edits": "no"}
+BY_REWARD = {"labelled questions": "GRPO's, answers by exact match", "edits": "in the reward"}
+INFORMATION = {method: SHARED | BY_NEXT_TOKEN for method in BASELINES}
+INFORMATION |= {method: SHARED | BY_REWARD for method in REWARDED[:3]}
+INFORMATION["best_of_n"] = dict.fromkeys(SHARED, "none") | {
+    "labelled questions": "none", "edits": "in the reward"}
+INFORMATION["sft"] = SHARED | {
+    "unpaired texts": "the stream", "unpaired pictures": "the stream", "edits": "no",
+    "labelled questions": "a new one in every row that asks, with its steps"}
 
 
-def paired_bootstrap(outcomes, draws=1000):
-    """{"mean", "low", "high"} of outcomes, one array of items a seed."""
+# ------------------------------------------------ what the runs left
+
+
+def finished(folder):
+    """Yields (name, seed, meta, run) of every finished run NAME-SEED in a folder, of its first data
+    set; a run is {"numbers", "items"} and, but for "base", what it started from, {"used"}."""
+    for path in sorted(Path(folder).glob("*/eval.json")):
+        result = read_result(path.parent)
+        items = json.loads((path.parent / "items.json").read_text("utf-8"))
+        (source, part), meta = next(iter(by_source(result).items())), result["meta"]
+        used = {f"{k}_seconds": meta["seconds"].get(k, 0.0) for k in ("align", "clip")}
+        log = [row for row in read_log(path.parent / "metrics.csv") if row["stage"] == "align"]
+        used |= {name: sum(float(row[name]) for row in log) for name in ("labels", "tokens")}
+        for name, model in ((path.parent.name.rpartition("-")[0], "aligned"), ("base", "base")):
+            run = {"numbers": numbers(part, model), "items": items[source][model]}
+            run |= {"used": used} if model == "aligned" else {}
+            yield name, str(meta["seed"]), meta, run
+
+
+def collect(out):
+    """{"runs", "real", "ablations": {name: {seed: run}}, "meta"} of all finished runs below a
+    folder. ValueError without lvrpo."""
+    outcomes, commits = {}, set()
+    for part, folder in (("runs", ""), ("real", "real"), ("ablations", "ablations")):
+        runs = defaultdict(dict)
+        for name, seed, meta, run in finished(Path(out) / folder):
+            if part != "ablations" or name != "base":
+                runs[name][seed] = run
+            commits.add(meta["commit"])
+            kept = {key: meta[key] for key in ("preset", "threads", "machine", "versions", "noise")}
+        order = [name for name in ("lvrpo", "base", *BASELINES, *CONTROLS) if name in runs]
+        outcomes[part] = {name: runs[name] for name in dict.fromkeys([*order, *sorted(runs)])}
+    if "lvrpo" not in outcomes["runs"]:
+        raise ValueError(f"{out}: no run of lvrpo is finished")
+    return outcomes | {"meta": kept | {"commit": ", ".join(sorted(commits))}}
+
+
+def save_outcomes(outcomes, path):
+    """Write outcomes as gzipped JSON, the same bytes for the same outcomes."""
+    text = json.dumps(outcomes, separators=(",", ":")).encode()
+    with atomically(path) as new:
+        new.write_bytes(gzip.compress(text, mtime=0))
+
+
+def load_outcomes(path):
+    return json.loads(gzip.decompress(Path(path).read_bytes()))
+
+
+# ------------------------------------------------ intervals and verdicts
+
+
+def bootstrap(outcomes, draws=1000):
+    """(low, high) of the mean, of one array of items a seed: seeds are drawn with replacement,
+    then the items of each."""
     rng, outcomes = np.random.default_rng(0), [np.asarray(o, float) for o in outcomes]
     seeds = rng.integers(len(outcomes), size=(draws, len(outcomes)))
     means = np.zeros(seeds.shape)
     for seed, items in enumerate(outcomes):
         drawn = seeds == seed
         means[drawn] = items[rng.integers(len(items), size=(drawn.sum(), len(items)))].mean(1)
-    values = np.mean([o.mean() for o in outcomes]), *np.quantile(means.mean(1), (0.025, 0.975))
-    return {name: round(float(v), 4) for name, v in zip(("mean", "low", "high"), values)}
+    return tuple(round(float(v), 4) for v in np.quantile(means.mean(1), (0.025, 0.975)))
 
 
-def student_t(means):
-    """(low, high) of the mean over two seeds or more.
+def student_t(values):
+    """(low, high) of the mean over seeds; (None, None) of one.
 
     >>> student_t([0.5, 0.6, 0.7])  # 0.6 -+ 4.303 * 0.1 / sqrt 3
     (0.3516, 0.8484)
     """
-    half = T_QUANTILES[min(len(means), 30) - 2] * np.std(means, ddof=1) / len(means) ** 0.5
-    return tuple(round(float(np.mean(means) + sign * half), 4) for sign in (-1, 1))
+    if len(values) < 2:
+        return None, None
+    half = T_QUANTILES[min(len(values), 30) - 2] * np.std(values, ddof=1) / len(values) ** 0.5
+    return tuple(round(float(np.mean(values) + sign * half), 4) for sign in (-1, 1))
 
 
 def verdict(mean, low, high, least):
-    """Does the interval of a difference support a claim of at least `least`?
+    """What the interval of a difference says of a claim of at least `least`.
 
     >>> verdict(0.06, 0.02, 0.10, 0.05), verdict(0.03, 0.01, 0.05, 0.05)
     ('replicated', 'direction only')
-    >>> verdict(0.01, -0.02, 0.04, 0.05), verdict(0.01, -0.02, 0.06, 0.05)
-    ('not replicated', 'inconclusive')
+    >>> verdict(-0.03, -0.05, -0.01, 0.05), verdict(0.01, -0.02, 0.06, 0.05)
+    ('not replicated', 'undetermined')
     """
-    if low > 0:
-        return "replicated" if mean >= least else "direction only"
-    return "not replicated" if high < least else "inconclusive"
-
-
-def finished_runs(out):
-    """{method: {seed: what its run left}}, of the first data set; base: what all started from."""
-    runs, order = defaultdict(dict), ("lvrpo", "base", *BASELINES, *CONTROLS)
-    for path in sorted(Path(out).glob("*/eval.json")):
-        result = read_result(path.parent)
-        items = json.loads((path.parent / "items.json").read_text("utf-8"))
-        (source, part), meta = next(iter(by_source(result).items())), result["meta"]
-        log = [row for row in read_log(path.parent / "metrics.csv") if row["stage"] == "align"]
-        for method, model in ((meta["method"], "aligned"), ("base", "base")):
-            run = {"meta": meta, "log": log, "items": items[source][model]}
-            values = numbers(part, model)
-            runs[method][meta["seed"]] = run | {"front": values.pop("front"), "numbers": values}
-    if not runs["lvrpo"]:
-        raise ValueError(f"{out}: no run of lvrpo is finished")
-    for seed in runs["lvrpo"]:
-        fronts = {m: by_seed[seed]["front"] for m, by_seed in runs.items() if seed in by_seed}
-        for method, values in at_equal_diversity(fronts).items():
-            runs[method][seed]["numbers"] |= values
-    return {method: runs[method] for method in order if method in runs}
-
-
-def values_of(by_seed):
-    """{metric: {"mean", "low", "high", "seeds"}} of one method."""
-    rows = {}
-    for metric in dict.fromkeys(m for run in by_seed.values() for m in run["numbers"]):
-        values = [run["numbers"].get(metric) for run in by_seed.values()]
-        outcomes = [run["items"][metric] for run in by_seed.values() if metric in run["items"]]
-        if values := [v for v in values if v is not None]:
-            rows[metric] = paired_bootstrap(outcomes or [[v] for v in values]) | {"seeds": values}
-    return rows
+    if low is None or low <= 0 <= high:
+        return "undetermined"
+    if high < 0:
+        return "not replicated"
+    return "replicated" if mean >= least else "direction only"
 
 
 def judge(ours, theirs, metric, least):
-    """lvrpo's difference to a method, its intervals and verdicts; {} without a pair of runs."""
-    pairs = [(ours[seed]["items"][metric], theirs[seed]["items"][metric])
-             for seed in ours if seed in theirs and metric in ours[seed]["items"]]
-    if not pairs:
+    """lvrpo's difference to a method, its intervals and verdict; {} without a pair of runs."""
+    seeds = [seed for seed in ours if seed in theirs]
+    pairs = [(ours[seed]["numbers"], theirs[seed]["numbers"]) for seed in seeds]
+    values = [row[metric] for row in (differences(*pair) for pair in pairs) if metric in row]
+    if not values:
         return {}
-    assert all(len(a) == len(b) for a, b in pairs), f"{metric}: runs with other test items"
-    differences = [np.subtract(a, b) for a, b in pairs]
-    d, row = paired_bootstrap(differences), {"seeds": len(pairs)}
-    row |= {"difference": d["mean"], "low": d["low"], "high": d["high"]}
-    row |= {"verdict": verdict(*d.values(), least), "t_low": None, "t_high": None, "t_verdict": "-"}
-    if len(pairs) > 1:
-        low, high = student_t([x.mean() for x in differences])
-        row |= {"t_low": low, "t_high": high, "t_verdict": verdict(d["mean"], low, high, least)}
+    (low, high), sign = student_t(values), -1 if metric in LOWER_IS_BETTER else 1
+    gains = sorted(sign * x for x in (low, high)) if low is not None else (None, None)
+    mean = round(float(np.mean(values)), 4)
+    row = {"difference": mean, "low": low, "high": high, "seeds": len(values)}
+    row["verdict"] = verdict(sign * mean, *gains, least)
+    items = [(ours[seed]["items"], theirs[seed]["items"]) for seed in seeds]
+    if all(metric in a and metric in b for a, b in items):
+        row["bootstrap"] = bootstrap([np.subtract(a[metric], b[metric]) for a, b in items])
     return row
+
+
+def values_of(by_seed):
+    """{metric: {"mean", "low", "high", "seeds"}} of one method, by Student's t."""
+    rows = {}
+    for metric in dict.fromkeys(m for run in by_seed.values() for m in run["numbers"]):
+        values = [run["numbers"].get(metric) for run in by_seed.values()]
+        values = [value for value in values if value is not None]
+        if values and metric != "front":
+            low, high = student_t(values)
+            mean = round(float(np.mean(values)), 4)
+            rows[metric] = {"mean": mean, "low": low, "high": high, "seeds": values}
+    return rows
 
 
 def ledger(runs):
     """{method: seconds, labels, tokens after the base, means over seeds}. Seconds of CLIP, which
     lvrpo's run trains, count for every method that it rewards."""
     used = {}
-    clip = np.mean([run["meta"]["seconds"].get("clip", 0) for run in runs["lvrpo"].values()])
+    every = [run["used"] for run in runs["lvrpo"].values()]
+    clip = np.mean([used["clip_seconds"] for used in every])
     for method in [method for method in runs if method != "base"]:
-        every, n = runs[method].values(), len(runs[method])
-        totals = {"seconds": clip * (method in ("lvrpo", *CONTROLS[1:]))}
-        totals["seconds"] += sum(run["meta"]["seconds"].get("align", 0) for run in every) / n
-        for column in ("labels", "tokens"):
-            totals[column] = sum(float(row[column]) for run in every for row in run["log"]) / n
+        every = [run["used"] for run in runs[method].values()]
+        kinds = {"seconds": "align_seconds", "labels": "labels", "tokens": "tokens"}
+        totals = {kind: np.mean([some[name] for some in every]) for kind, name in kinds.items()}
+        totals["seconds"] += clip * (method in REWARDED)
         used[method] = {name: round(float(value), 1) for name, value in totals.items()}
     return used
 
 
-def claims(out, results):
-    """Judge every claim by the finished runs in `out`: claims.json, claims.md and claims.png."""
-    runs, rows, results = finished_runs(out), [], Path(results)
-    for metric, (claim, least) in CLAIMS.items():
-        for other in list(runs)[1:]:
-            row = judge(runs["lvrpo"], runs[other], metric, least if other in BASELINES else 0.0)
+def judged(runs, ours, others, claimed=CLAIMS):
+    """A row for every claim and every other method of {method: {seed: run}}."""
+    rows = []
+    for metric, (claim, least) in claimed.items():
+        for other in others:
+            row = judge(runs[ours], runs[other], metric, least if other in BASELINES else 0.0)
             rows += [{"claim": claim, "metric": metric, "against": other} | row] if row else []
-    methods = {method: values_of(by_seed) for method, by_seed in runs.items()}
-    meta = next(iter(runs["lvrpo"].values()))["meta"]
-    done = {"methods": methods, "claims": rows, "ledger": ledger(runs), "meta": meta}
-    results.mkdir(parents=True, exist_ok=True)
-    texts = {"claims.json": json.dumps(done, indent=1), "claims.md": tables(done)}
-    for name, text in texts.items():
-        with atomically(results / name) as new:
-            new.write_text(text, encoding="utf-8")
-    figure(rows, results / "claims.png")
-    return done
+    return rows
 
 
-# ---------------------------------------------------------------- what is shown
+def claims(outcomes):
+    """Judge every claim: {"methods", "claims", "ledger", "information", "real", "ablations",
+    "meta"}; an ablation is judged like a claim, lvrpo minus its variant."""
+    runs, real = outcomes["runs"], outcomes["real"]
+    done = {"methods": {method: values_of(by_seed) for method, by_seed in runs.items()}}
+    done["claims"] = judged(runs, "lvrpo", list(runs)[1:])
+    done["ledger"] = ledger(runs)
+    done["information"] = {m: INFORMATION[m] for m in runs if m in INFORMATION}
+    done["real"] = judged(real, "lvrpo", list(real)[1:]) if "lvrpo" in real else []
+    variants = {"lvrpo": runs["lvrpo"]} | outcomes["ablations"]
+    done["ablations"] = judged(variants, "lvrpo", list(variants)[1:])
+    done["meta"] = outcomes["meta"]
+    return json.loads(json.dumps(done))  # as it is read back
+
+
+# ------------------------------------------------ tables and the figure
+
+
+def line(cells):
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def interval(low, high):
+    return "-" if low is None else f"{low:+.3f} to {high:+.3f}"
+
+
+def verdicts(rows):
+    """Lines of a Markdown table of rows as `judge` makes them."""
+    head = "claim", "metric", "lvrpo minus", "difference", "Student's t", "verdict", "bootstrap"
+    lines = [line(head), line(["---"] * len(head))]
+    for r in rows:
+        cells = [r["claim"], r["metric"], f"{r['against']} (n={r['seeds']})"]
+        cells += [f"{r['difference']:+.3f}", interval(r["low"], r["high"]), r["verdict"]]
+        lines.append(line([*cells, interval(*r.get("bootstrap", (None, None)))]))
+    return lines
 
 
 def tables(done):
-    """claims.json as Markdown: verdicts, then the methods side by side and what they used."""
-    head = "claim | metric | lvrpo minus | difference | bootstrap | | Student's t |"
-    lines, interval = [f"| {head} |", "|---" * 8 + "|"], "{:+.3f} to {:+.3f}".format
-    for r in done["claims"]:
-        t = interval(r["t_low"], r["t_high"]) if r["seeds"] > 1 else "-"
-        cells = r["claim"], r["metric"], f"{r['against']} (n={r['seeds']})"
-        cells += f"{r['difference']:+.3f}", interval(r["low"], r["high"]), r["verdict"]
-        cells += t, r["t_verdict"]
-        lines.append(f"| {' | '.join(cells)} |")
+    """All of it as Markdown: verdicts, the numbers of every method, what it used and saw, real
+    pictures, ablations."""
     methods, used = done["methods"], done["ledger"]
-    lines += ["", f"| | {' | '.join(methods)} |", "|---" * (len(methods) + 1) + "|"]
-    for metric in methods["lvrpo"]:
-        cells = [m.get(metric) for m in methods.values()]
-        cells = ["{mean:.3f} [{low:.3f}, {high:.3f}]".format(**c) if c else "-" for c in cells]
-        lines.append(f"| {metric} | {' | '.join(cells)} |")
+    lines = [*verdicts(done["claims"]), "", line(["", *methods])]
+    lines.append(line(["---"] * (len(methods) + 1)))
+    for metric in dict.fromkeys(m for values in methods.values() for m in values):
+        cells = [metric]
+        for values in methods.values():
+            v = values.get(metric)
+            half = f" ± {v['high'] - v['mean']:.3f}" if v and v["low"] is not None else ""
+            cells.append(f"{v['mean']:.3f}{half}" if v else "-")
+        lines.append(line(cells))
     for kind in used["lvrpo"]:
         cells = [f"{used[m][kind]:,.0f}" if m in used else "-" for m in methods]
-        lines.append(f"| {kind} after the base | {' | '.join(cells)} |")
+        lines.append(line([f"{kind} after the base", *cells]))
+    kinds = list(INFORMATION["lvrpo"])
+    lines += ["", line(["learns from", *kinds]), line(["---"] * (len(kinds) + 1))]
+    lines += [line([m, *(seen[k] for k in kinds)]) for m, seen in done["information"].items()]
+    lines += ["", "Fashion-MNIST", "", *verdicts(done["real"])]
+    lines += ["", "Ablations", "", *verdicts(done["ablations"])]
     return "\n".join(lines) + "\n"
 
 
 def figure(rows, path):
-    """One panel a metric: lvrpo's difference to each other method, with both intervals."""
-    image = Figure(figsize=(14, 6.4), layout="constrained")
-    for ax, (metric, (_, least)) in zip(image.subplots(2, 3).flat, CLAIMS.items()):
+    """One panel a metric: lvrpo's difference to each other method, with Student's t."""
+    image = Figure(figsize=(15, 9), layout="constrained")
+    for ax, (metric, (_, least)) in zip(image.subplots(3, 5).flat, CLAIMS.items()):
         some = [r for r in rows if r["metric"] == metric][::-1]
         for y, r in enumerate(some):
-            if r["seeds"] > 1:
-                ax.plot([r["t_low"], r["t_high"]], [y, y], color="0.8", lw=5)
-            ax.plot([r["low"], r["high"]], [y, y], color="C0")
+            if r["low"] is not None:
+                ax.plot([r["low"], r["high"]], [y, y], color="C0")
             ax.plot(r["difference"], y, "o", color="C0")
         ax.axvline(0, color="black", lw=0.8)
         ax.axvline(least, color="C1", ls="--", lw=0.8)
         ax.set_yticks(range(len(some)), [f"{r['against']} (n={r['seeds']})" for r in some])
-        ax.set(title=metric, xlabel="difference (share or score)")
-    image.suptitle("lvrpo minus each other method, 95%: blue bootstrap, grey Student's t; "
-                   "dashed: the least that the paper claims over its baselines")
+        lower = " (lower is better)" if metric in LOWER_IS_BETTER else ""
+        ax.set_title(metric + lower, fontsize=9)
+    image.suptitle("lvrpo minus each other method, 95% by Student's t over seeds; dashed: the "
+                   "least that the paper claims over its baselines")
     image.savefig(path, dpi=80)
+
+
+def write(outcomes, results):
+    """outcomes.json.gz, claims.json, claims.md and claims.png in a folder; returns the claims."""
+    results, done = Path(results), claims(outcomes)
+    results.mkdir(parents=True, exist_ok=True)
+    save_outcomes(outcomes, results / "outcomes.json.gz")
+    texts = {"claims.json": json.dumps(done, indent=1), "claims.md": tables(done)}
+    for name, text in texts.items():
+        with atomically(results / name) as new:
+            new.write_text(text, encoding="utf-8")
+    figure(done["claims"], results / "claims.png")
+    return done
 
 
 def main():
@@ -203,7 +308,7 @@ def main():
     parser.add_argument("runs", help="the folder that holds them")
     parser.add_argument("--results", default=Path(__file__).parent, help="for claims.* [here]")
     args = parser.parse_args()
-    print(tables(claims(args.runs, args.results)))
+    print(tables(write(collect(args.runs), args.results)))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The study behind the paper's claims: every method from the same base, seed by seed.
+"""The study behind the paper's claims, in one go: every method, the ablations, real pictures.
 
-lvrpo trains the base of its seed; the others start there and get the same seconds. Controls (the
-same rewards without GRPO, or plain training on clean answers) have fewer seeds. After every seed
-claims.py judges the runs that are finished. Given again, the command goes on where it stopped.
+lvrpo trains the base of its seed; all others start there, see what it sees and get its seconds.
+The rule for every verdict stands in rule.md, what each method learns from in claims.md. Given
+again, the command goes on where it stopped; claims.py judges what is finished.
 
-    $ python results/reproduce.py --seeds 5      # two cores: 90 minutes
+    $ python results/reproduce.py --data-dir data      # two cores: see what it says at the start
 """
 
 import sys
@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from claims import BASELINES, CONTROLS, claims, tables
+from claims import BASELINES, CONTROLS, collect, tables, write
 from launch import command, positive, trained
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,34 +20,56 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eval import Parser
 from train import make_config
 
-MINUTES = {"lvrpo": 10, "best_of_n": 3}  # of one core, with the cpu preset; any other method: 5
-FEWER = {"cpu": {"eval_items": 512, "eval_prompts": 24}}  # test items of a preset
+MINUTES = {"lvrpo": 9, "best_of_n": 5}  # of one core, with the cpu preset; any other run: 4
+ABLATIONS = {  # one change of lvrpo each; groups of 2 have as many samples
+    "reward-rule": {"contrast": 0.0},
+    "reward-learned": {"contrast": 0.0, "reward": "learned"},
+    "reward-rule-and-learned": {"contrast": 0.0, "reward": "mix"},
+    "reward-contrast": {"contrast": 1.0},
+    "no-rarity": {"rarity": 0.0},
+    "kl-0": {"kl_coef": 0.0},
+    "kl-0.2": {"kl_coef": 0.2},
+    "groups-of-2": {"group_size": 2, "prompts": 64},
+}
+REAL = {"data": "fashion_mnist", "tasks": "draw,caption,vqa,text"}  # three seeds
 
 
-def reproduce(out, results, preset, seeds=5, control_seeds=3, jobs=2, **flags):
-    """Train and measure every method, `jobs` seeds at a time with their share of the cores. Returns
+def plan(out, seeds, real_seeds):
+    """Yields (folder, flags of train.py) of every run, bases first."""
+    for seed in range(seeds):
+        yield f"lvrpo-{seed}", {"method": "lvrpo", "seed": seed}
+    for method in (*BASELINES, *CONTROLS):
+        for seed in range(seeds):
+            base = {"base": str(out / f"lvrpo-{seed}")}
+            yield f"{method}-{seed}", {"method": method, "seed": seed} | base
+    for method in ("lvrpo", "unified"):
+        for seed in range(real_seeds):
+            base = {"base": str(out / f"real/lvrpo-{seed}")} if method != "lvrpo" else {}
+            yield f"real/{method}-{seed}", {"method": method, "seed": seed} | base | REAL
+    for name, change in ABLATIONS.items():
+        for seed in range(seeds):
+            base = {"base": str(out / f"lvrpo-{seed}"), "seed": seed}
+            yield f"ablations/{name}-{seed}", base | change
+
+
+def reproduce(out, results, preset, seeds=5, real_seeds=3, jobs=2, **flags):
+    """Train and measure all of it, `jobs` runs at a time with their share of the cores. Returns
     the tables of the claims; ValueError names the runs that failed."""
     out, failed = Path(out), []
-    plan = {seed: ["lvrpo", *BASELINES] for seed in range(seeds)}
-    for seed in range(min(seeds, control_seeds)):
-        plan[seed] += CONTROLS
-    runs = [method for methods in plan.values() for method in methods]
-    minutes = sum(MINUTES.get(method, 5) for method in runs) / jobs
+    runs = list(plan(out, seeds, real_seeds))
+    minutes = sum(MINUTES.get(change.get("method"), 4) for _, change in runs) / jobs
     print(f"{len(runs)} runs: {minutes:.0f} minutes with the cpu preset; finished ones are kept")
-    flags |= {"threads": max(1, torch.get_num_threads() // jobs)} | FEWER.get(preset, {})
+    flags |= {"preset": preset, "threads": max(1, torch.get_num_threads() // jobs)}
 
-    def one_seed(seed):
-        for method in plan[seed]:
-            base = {} if method == "lvrpo" else {"base": str(out / f"lvrpo-{seed}")}
-            settings = {"preset": preset, "method": method, "seed": seed} | base | flags
-            try:
-                trained(out / f"{method}-{seed}", **settings)
-            except ValueError as error:  # one that diverged: the others go on without it
-                failed.append(str(error))
+    def one(run):
+        try:
+            trained(out / run[0], **flags | run[1])
+        except ValueError as error:  # one that diverged: the others go on without it
+            failed.append(str(error))
 
     with ThreadPoolExecutor(jobs) as pool:
-        for _ in pool.map(one_seed, plan):
-            done = claims(out, results)
+        list(pool.map(one, runs))
+    done = write(collect(out), results)
     if failed:
         raise ValueError("; ".join(failed))
     return tables(done)
@@ -59,14 +81,15 @@ def main():
     parser.add_argument("--results", default=Path(__file__).parent, help="for claims.* [here]")
     parser.add_argument("--preset", default="auto", help="as in train.py [auto]")
     parser.add_argument("--device", default="auto", help="as in train.py [auto]")
-    parser.add_argument("--seeds", type=positive, default=5, help="of lvrpo and the baselines [5]")
-    parser.add_argument("--control-seeds", type=int, default=3, help="of the controls [3]")
-    parser.add_argument("--jobs", type=positive, help="seeds at a time [2; on a GPU 1]")
+    parser.add_argument("--data-dir", default="data", help="as in train.py [data]")
+    parser.add_argument("--seeds", type=positive, default=5, help="[5]")
+    parser.add_argument("--real-seeds", type=int, default=3, help="of Fashion-MNIST [3]")
+    parser.add_argument("--jobs", type=positive, help="runs at a time [2; on a GPU 1]")
     args = parser.parse_args()
     preset = make_config(preset=args.preset, device=args.device).preset
-    jobs = args.jobs or (1 if preset == "gpu" else 2)
-    where = args.out, args.results
-    print(reproduce(*where, preset, args.seeds, args.control_seeds, jobs, device=args.device))
+    jobs, where = args.jobs or (1 if preset == "gpu" else 2), (args.out, args.results)
+    flags = {"device": args.device, "data_dir": args.data_dir}
+    print(reproduce(*where, preset, args.seeds, args.real_seeds, jobs, **flags))
 
 
 if __name__ == "__main__":

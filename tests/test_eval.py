@@ -180,7 +180,10 @@ def test_a_text_that_is_likely_everywhere_does_not_win_and_what_is_also_true_is_
     likely = np.log([[0.9, 0.5, 0.1], [0.9, 0.8, 0.1], [0.9, 0.1, 0.3]])  # text 0: everywhere
     both = np.arange(9).reshape(3, 3) == 1  # text 1 is true of picture 0, too
     for also, first in ((both & False, [False, True, True]), (both, [True, True, True])):
-        assert evaluation.ranked_first(likely, also).tolist() == [first, [True] * 3]  # (E6)
+        scores = evaluation.surprise(likely, 0)  # (E6)
+        assert evaluation.ranked_first(scores, also).tolist() == [first, [True] * 3]
+        turned = evaluation.surprise(likely.T, 1)  # pictures given texts
+        assert evaluation.ranked_first(turned, also.T).tolist() == [[True] * 3, first]
 
 
 @pytest.fixture
@@ -281,12 +284,17 @@ def test_who_answers_from_the_key_masters_every_metric_and_who_takes_anothers_do
 
 
 def test_a_whole_evaluation_has_fronts_and_a_temperature_chosen_on_other_prompts(of):
-    places = itertools.product(("base", "aligned"), ("val", "test"))
-    result = evaluation.evaluate({p: of(Keyed, p[1]) for p in places}, ("draw", "vqa"), prompts=4)
+    test, val = of(Keyed, "test"), of(Keyed, "val")
+    measured = evaluation.evaluate(test, val, ("draw", "vqa"), prompts=4)
+    result = evaluation.merged({"base": measured, "aligned": measured}, 1.0)
     for row, t in zip(result["sweep"]["base"], evaluation.TEMPERATURES, strict=True):
-        scores = {"compose": 1.0, "diversity": 0.125, "differ": 0.0}
-        assert row == {"temperature": t} | scores | {f"{k}_heldout": v for k, v in scores.items()}
+        assert row["temperature"] == t
+        for suffix in evaluation.COLUMNS:
+            values = [row[k + suffix] for k in ("compose", "diversity", "differ")]
+            assert values == [1.0, 0.125, 0.0] and 0 < row[f"clip_score{suffix}"] <= 1
+            assert row[f"frechet{suffix}"] == pytest.approx(0, abs=0.5)
     assert result["best_temperature"] == {"base": 0.3, "aligned": 0.3}  # see Keyed
+    assert measured["items"]["vqa"] == [1] * 16
 
 
 @pytest.fixture
@@ -365,7 +373,7 @@ def made_up(folder, method, seed, vqa, front):
 
 
 def test_runs_are_compared_as_by_hand(tmp_path, command):
-    theirs, ours = [(0.8, 0.1), (0.6, 0.4)], [(0.9, 0.2), (0.7, 0.6)]  # at 0.4: 0.6, 0.8; base: 0.6
+    theirs, ours = [(0.8, 0.1), (0.6, 0.4)], [(0.9, 0.2), (0.7, 0.6)]
     runs = [made_up(tmp_path, "unified", seed, vqa, theirs) for seed, vqa in enumerate((0.7, 0.5))]
     runs += [made_up(tmp_path, "lvrpo", seed, vqa, ours) for seed, vqa in enumerate((0.9, 0.8))]
     source, header, *rows = command("eval.py", "--compare", *runs).out.splitlines()
@@ -374,7 +382,10 @@ def test_runs_are_compared_as_by_hand(tmp_path, command):
         "lvrpo (n=2)", "unified (n=2)", "base (n=2)", "lvrpo - unified", "lvrpo - base"]
     assert table["vqa"] == ["0.850 ± 0.635", "0.600 ± 1.271", "0.400 ± 0.000",  # t = 12.706
                             "0.250 ± 0.635", "0.450 ± 0.635"]
-    for row, means in (("diversity", (8, 6, 6, 2, 2)), ("best T", (7, 6, 9, 1, -2))):
-        assert table[f"compose @ {row}"] == [f"{mean / 10:.3f} ± 0.000" for mean in means]
+    best = [f"{mean / 10:.3f} ± 0.000" for mean in (7, 6, 9, 1, -2)]
+    assert table["compose @ best T"] == best
+    # From 0.2 to 0.4: 0.9 to 0.8 less 0.7333 to 0.6. From 0.3 to 0.5: 0.85 to 0.75, 0.9 to 0.3.
+    gaps = ["-", "-", "-", "0.183 ± 0.000", "0.200 ± 0.000"]
+    assert table["compose @ equal diversity"] == gaps
     done = command("eval.py", "--compare", *runs, runs[0])
     assert done.status == 2 and "unified with seed 0 is given twice" in done.err

@@ -18,8 +18,8 @@ import eval as evaluation
 from train import read_log
 
 sys.path.insert(0, str(ROOT / "results"))
-SCRIPTS = "ablate", "claims", "launch", "report", "reproduce"
-ablate, claims, launch, report, reproduce = map(importlib.import_module, SCRIPTS)
+SCRIPTS = "ablate", "claims", "launch", "recompute", "report", "reproduce"
+ablate, claims, launch, recompute, report, reproduce = map(importlib.import_module, SCRIPTS)
 
 
 def pretend_run(folder, method, seed, right, base=0.25):
@@ -34,6 +34,7 @@ def pretend_run(folder, method, seed, right, base=0.25):
         result["sweep"][model], result["best_temperature"][model] = sweep, 1.0
     seconds = {"align": 7.0, "evaluate": 9.0} | ({"clip": 5.0} if method == "lvrpo" else {})
     meta = {"data": "synthetic", "method": method, "seed": seed, "seconds": seconds}
+    meta |= dict.fromkeys(("preset", "threads", "machine", "versions", "noise", "commit"), "x")
     log = "stage,step,labels,tokens,reward_draw,kl_draw\npretrain,0,0,1000,,\n"
     log += "".join(f"align,{k},3,50,{k},{k / 10}\n" for k in range(8))
     folder.mkdir(parents=True)
@@ -47,51 +48,76 @@ def pretend_run(folder, method, seed, right, base=0.25):
 def test_the_examples_run_and_students_t_of_two_seeds_is_wide():
     assert doctest.testmod(claims) == (0, 3)
     assert claims.student_t([0.0, 1.0]) == (0.5 - 6.353, 0.5 + 6.353)  # 12.706 * sqrt(1/2) / sqrt 2
+    assert claims.student_t([0.3]) == (None, None)
 
 
 def test_the_bootstrap_draws_seeds_and_then_items():
-    equal = claims.paired_bootstrap([np.full(50, 0.2), np.full(50, 0.2)])
-    assert equal == {"mean": 0.2, "low": 0.2, "high": 0.2}
-    apart = claims.paired_bootstrap([np.full(50, 0.0), np.full(50, 0.4)])
-    assert (apart["low"], apart["high"]) == (0.0, 0.4)  # both draws may be the same seed
+    assert claims.bootstrap([np.full(50, 0.2), np.full(50, 0.2)]) == (0.2, 0.2)
+    apart = claims.bootstrap([np.full(50, 0.0), np.full(50, 0.4)])
+    assert apart == (0.0, 0.4)  # both draws may be the same seed
     normal = [np.random.default_rng(i).normal(0.1, 1.0, 400) for i in range(30)]
-    d, seeds = claims.paired_bootstrap(normal), np.var([x.mean() for x in normal])
+    (low, high), seeds = claims.bootstrap(normal), np.var([x.mean() for x in normal])
     half = 1.96 * np.sqrt((1 / 400 + seeds) / 30)  # variance of items, variance of seeds
-    assert (d["high"] - d["low"]) / 2 == pytest.approx(half, rel=0.15)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.15)
+
+
+def test_a_verdict_needs_an_interval_without_0_and_knows_what_lower_means():
+    def runs(values):
+        return {str(s): {"numbers": {"frechet_three": v, "vqa": v, "front": []}, "items": {}}
+                for s, v in enumerate(values)}
+
+    ours, theirs = runs([0.10, 0.12, 0.11]), runs([0.20, 0.21, 0.22])
+    row = claims.judge(ours, theirs, "frechet_three", 0.0)
+    assert row["difference"] == -0.1 and row["high"] < 0 and row["verdict"] == "replicated"
+    assert claims.judge(ours, theirs, "vqa", 0.03)["verdict"] == "not replicated"
+    assert claims.judge(theirs, ours, "vqa", 0.2)["verdict"] == "direction only"
+    one = claims.judge(runs([0.5]), runs([0.1]), "vqa", 0.0)
+    assert one["low"] is None and one["verdict"] == "undetermined"
+    assert claims.judge(ours, theirs, "caption", 0.0) == {}
 
 
 def test_claims_are_judged_by_pairs_of_the_runs_that_are_there(tmp_path):
     for method, right in {"lvrpo": 0.5, "unified": 0.475, "clip": 0.6, "dpo": 0.5}.items():
         for seed in (0, 1) if method != "dpo" else (0,):
             pretend_run(tmp_path / "runs" / f"{method}-{seed}", method, seed, right)
-    done = claims.claims(tmp_path / "runs", tmp_path)
+    done = claims.write(claims.collect(tmp_path / "runs"), tmp_path)
     assert json.loads((tmp_path / "claims.json").read_text()) == done
     assert list(done["methods"]) == ["lvrpo", "base", "unified", "clip", "dpo"]
+    assert set(done["information"]) == {"lvrpo", "unified", "clip", "dpo"}
     vqa = {method: numbers["vqa"] for method, numbers in done["methods"].items()}
     assert vqa["lvrpo"]["seeds"] == [0.5, 0.5] and vqa["base"]["mean"] == 0.25
     rows = {(r["metric"], r["against"]): (r["difference"], r["verdict"]) for r in done["claims"]}
-    assert rows["vqa", "unified"] == (0.025, "inconclusive")
+    assert rows["vqa", "unified"] == (0.025, "direction only")  # no spread over seeds: no width
     assert rows["vqa", "clip"] == (-0.1, "not replicated")
     assert rows["multihop_three", "base"] == (0.25, "replicated")
+    assert rows["compose @ equal diversity", "unified"][0] == 0.025
     # Eight steps of 3 labels and 50 tokens; whom CLIP rewards also pays for its seconds.
     assert done["ledger"]["lvrpo"] == {"labels": 24.0, "tokens": 400.0, "seconds": 12.0}
     assert [done["ledger"][m]["seconds"] for m in ("unified", "dpo")] == [7.0, 12.0]
     text = (tmp_path / "claims.md").read_text()
     assert "vqa | clip (n=2) | -0.100 |" in text and "dpo (n=1)" in text
     assert (tmp_path / "claims.png").stat().st_size > 1000
+    assert recompute.recompute(tmp_path) == (text, [])
+    (tmp_path / "claims.md").write_text(text.replace("-0.100", "+0.100"))
+    assert recompute.recompute(tmp_path)[1] == ["claims.md"]
 
 
 def test_every_method_starts_from_the_base_of_its_seed(tmp_path, monkeypatch):
     started = {}
 
-    def instead(out, method, seed, **flags):
-        started[out.name] = flags.get("base", "")
+    def instead(out, seed, method="lvrpo", **flags):
+        started[str(out.relative_to(tmp_path / "runs"))] = flags.get("base", "")
         pretend_run(out, method, seed, 0.5)
 
     monkeypatch.setattr(reproduce, "trained", instead)
-    text = reproduce.reproduce(tmp_path / "runs", tmp_path, "cpu", seeds=2, control_seeds=1)
-    assert len(started) == 8 + 4 and started["lvrpo-1"] == ""
-    assert started["dpo-0"] == str(tmp_path / "runs" / "lvrpo-0") and "dpo (n=1)" in text
+    out, variants = tmp_path / "runs", len(reproduce.ABLATIONS)
+    text = reproduce.reproduce(out, tmp_path, "cpu", seeds=2, real_seeds=1)
+    assert len(started) == 2 * 8 + 2 + 2 * variants and started["lvrpo-1"] == ""
+    assert started["dpo-0"] == started["ablations/kl-0-0"] == str(out / "lvrpo-0")
+    assert started["real/unified-0"] == str(out / "real" / "lvrpo-0") and "dpo (n=2)" in text
+    done = json.loads((tmp_path / "claims.json").read_text())
+    against = dict.fromkeys(row["against"] for row in done["ablations"])
+    assert list(against) == sorted(reproduce.ABLATIONS)
 
 
 def test_a_finished_run_is_kept_and_a_started_one_goes_on(tmp_path, monkeypatch):

@@ -10,13 +10,14 @@ import torch
 from conftest import WORLD
 from test_data import says, scenes
 
-from data import (FASHION_CLASSES, KINDS, NOISE, Caption, FashionMNIST, Mention,
+from data import (FASHION_CLASSES, KINDS, NOISE, Caption, Example, FashionMNIST, Mention,
                   Object, edits, in_pool, parse_caption, pictures_of, render, scene_edits)
 from eval import parse
 from reward import (CAPTION_EDITS, CLIP, DRAWING_EDITS, FLOOR, MIXES, REWARDS, SURE,
                     PreferenceModel, Rewards, agreement, clip_loss, clip_score, exact_match,
-                    make_pairs, match_logprob, pair_accuracy, pair_rewards,
-                    preference_loss, rank_pairs, set_anchor, text_ids, well_formed)
+                    likelihood_contrast, log_multiplicity, make_pairs, match_logprob,
+                    pair_accuracy, pair_rewards, preference_loss, rank_pairs, set_anchor,
+                    text_ids, well_formed)
 
 TEXTS = ["a red circle", "a big blue square above a green triangle", "a red circle"]
 GUESS = -math.log(1 + CAPTION_EDITS)
@@ -298,3 +299,45 @@ def test_agreement_is_the_share_of_right_and_wrong_pairs_of_a_prompt_in_order():
             ordered.append((a > c) + 0.5 * (a == c))
     assert agreement(values, state == 0, state == 1) == pytest.approx(np.mean(ordered))  # (R5)
     assert math.isnan(agreement(values, state == 0, state == 7))
+
+
+@torch.no_grad()
+def test_the_contrast_is_the_share_of_a_texts_likelihood_among_its_edits(model, vocab, codebook):
+    texts, edited = ["a red circle", "a big blue square"], [["a red square", "a circle"], []]
+    pictures = PICTURES[:4]  # two a text
+    found = likelihood_contrast(model, vocab, codebook, pictures, texts, edited)
+    layout, codes = vocab.layout("draw"), codebook.encode(pictures)
+
+    def logprob(i, text):
+        example, code = Example("draw", pictures[i : i + 1], text, ""), codes[i : i + 1]
+        rows = vocab.rows("draw", [example], code)
+        logits = model(rows[:, :-1], layout.patch[:-1])[0, layout.start - 1 :] @ model.head.T
+        chances = logits[:, vocab.n_text :].log_softmax(-1)
+        return sum(float(chances[k, code]) for k, code in enumerate(codes[i]))
+
+    for i in range(4):
+        every = [logprob(i, text) for text in (texts[i // 2], *edited[i // 2])]
+        expected = every[0] - math.log(sum(map(math.exp, every)))
+        assert found[i].item() == pytest.approx(max(expected, FLOOR), abs=1e-6)
+
+
+def test_a_drawing_loses_by_how_many_of_its_group_share_it():
+    a, b = PICTURES[:2]
+    found = log_multiplicity(np.stack([a, b, a, a, a, b, b, b, a]), 3)  # groups aba, aab, bba
+    expected = [2, 1, 2, 2, 2, 1, 2, 2, 1]
+    assert found.exp().tolist() == pytest.approx(expected)
+
+
+def test_drawings_are_rewarded_by_clip_contrast_and_rarity(clip, vocab, model, codebook):
+    some = [WORLD.example(random.Random(i), "draw") for i in range(2)]
+    drawings, how = outputs_of([some[0], some[0], some[1], some[0]]), (model.float(), codebook)
+    rewards = Rewards(clip, vocab, None, MIXES["rule"], *how, contrast=0.25, rarity=0.5)
+    total, parts = rewards(WORLD, "draw", some, drawings, random.Random(0))
+    assert set(parts) == {"clip", "contrast", "rarity"} and total.shape == (2, 2)
+    assert parts["rarity"].tolist() == [[pytest.approx(-math.log(2))] * 2, [0, 0]]
+    assert (parts["contrast"] <= math.log(SURE) + 1e-6).all()
+    expected = 0.75 * parts["clip"] + 0.25 * parts["contrast"] + 0.5 * parts["rarity"]
+    assert torch.allclose(total, expected)
+    captions = [WORLD.example(random.Random(i), "caption") for i in range(2)]
+    total, parts = rewards(WORLD, "caption", captions, ["a circle"] * 4, random.Random(0))
+    assert set(parts) == {"clip", "format"}

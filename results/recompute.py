@@ -1,0 +1,43 @@
+"""Every verdict and interval of the study once more, from the outcomes of every test item.
+
+Reads outcomes.json.gz, judges by rule.md as claims.py does, and compares with claims.json and
+claims.md. Prints the tables; status 1 where they differ.
+
+    $ python results/recompute.py      # 30 seconds
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from claims import claims, load_outcomes, tables
+from launch import command
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eval import Parser
+
+
+def recompute(results):
+    """(the tables, the names of the committed files that say something else)."""
+    results = Path(results)
+    done = claims(load_outcomes(results / "outcomes.json.gz"))
+    text, differ = tables(done), []
+    if json.loads((results / "claims.json").read_text(encoding="utf-8")) != done:
+        differ.append("claims.json")
+    if (results / "claims.md").read_text(encoding="utf-8") != text:
+        differ.append("claims.md")
+    return text, differ
+
+
+def main():
+    parser = Parser(description="Judge the committed outcomes again.")
+    parser.add_argument("--results", default=Path(__file__).parent, help="whose files [here]")
+    text, differ = recompute(parser.parse_args().results)
+    print(text)
+    print(f"differs: {', '.join(differ)}" if differ else "the committed tables come out of it")
+    sys.exit(bool(differ))
+
+
+if __name__ == "__main__":
+    command("recompute.py", main)
