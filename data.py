@@ -554,6 +554,13 @@ class Example(NamedTuple):
     truth: object = None  # for the judge: (scene, caption), scene(s), Story, or a class label
 
 
+def at_once(example):
+    """A question of two hops as one that is answered without steps; others stay."""
+    if example.task != "multihop":
+        return example
+    return example._replace(task="vqa", answer=example.answer.split(f"{END_THINK} ")[-1])
+
+
 def pictures_of(examples):
     """(M, S, S, 3) uint8: all pictures of some examples, one example's after the other's."""
     return np.concatenate([e.pictures for e in examples])

@@ -46,7 +46,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from data import (BACKGROUND, CELL, CELLS, COLORS, SHAPES, SIDE, SIZES, Example, Object, Vocabulary,
-                  parse_caption, pictures_of, related, shape_mask)
+                  at_once, parse_caption, pictures_of, related, shape_mask)
 from kernels import selected_logprobs
 from model import (Codebook, ModelConfig, Transformer, allowed_head, atomically, completion,
                    load_tensors, outputs, pick_device, sample)
@@ -466,9 +466,10 @@ def retrievals(e, size=64):
 # ------------------------------------------------ metrics: name -> outcomes of the items
 
 
-def answered(e, task, pool="paired"):
+def answered(e, task, pool="paired", thoughts=True):
     """(N,) bool: is the likeliest answer or caption right?"""
     examples = e.examples(task, pool=pool)
+    examples = examples if thoughts else [at_once(x) for x in examples]
     texts = e.outputs(examples, 0.0)
     if task == "caption":
         return e.judge.caption(examples, texts)
@@ -564,6 +565,9 @@ METRICS = {  # group: {metric: (tasks it needs, function of an Evaluator)}
         "visual_three": ("verify", partial(answered, task="verify", pool="three")),
         "multihop": ("multihop", partial(answered, task="multihop")),
         "multihop_three": ("multihop", partial(answered, task="multihop", pool="three")),
+        "multihop_at_once": ("vqa multihop", partial(answered, task="multihop", thoughts=False)),
+        "multihop_at_once_three": (
+            "vqa multihop", partial(answered, task="multihop", pool="three", thoughts=False)),
     },
     "language": {"text_nll": ("text", text_nll)},
 }

@@ -59,7 +59,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import eval as evaluation
-from data import END_THINK, NOISE, SOURCES, Layout, Vocabulary, make_sources, pictures_of
+from data import NOISE, SOURCES, Layout, Vocabulary, at_once, make_sources, pictures_of
 from grpo import (combine_rewards, contrastive_loss, dpo_loss, group_advantages, grpo_loss,
                   look_back, masked_code_loss, pairwise_advantages, rejection_loss)
 from kernels import fused_linear_grpo_loss, selected_logprobs
@@ -78,12 +78,12 @@ PRESETS = {  # what differs from the defaults of Config
     "smoke": dict(
         width=32, layers=2, pretrain_steps=60, batch=32, clip_steps=25, clip_batch=32,
         clip_width=32, preference_steps=20, grpo_steps=4, prompts=4, group_size=4, epochs=2,
-        eval_items=64, eval_prompts=8, extra_steps=10,
+        ptx_batch=32, eval_items=64, eval_prompts=8, extra_steps=10,
     ),
     "gpu": dict(
         patch=4, jitter=1, width=384, layers=8, heads=6, pretrain_steps=2500, batch=512, lr=2e-3,
-        clip_steps=800, clip_batch=512, clip_width=128, prompts=64, eval_items=2048,
-        eval_prompts=96,
+        clip_steps=800, clip_batch=512, clip_width=128, prompts=64, ptx_batch=1024,
+        eval_items=2048, eval_prompts=96,
     ),
 }  # fmt: skip
 
@@ -137,7 +137,8 @@ class Config:
                             ("mean", "pairwise", "parts"))
     reduction: str = option("GRPO", "token", "average of losses", ("token", "sequence", "constant"))
     level: str = option("GRPO", "token", "one ratio a token or a sequence", ("token", "sequence"))
-    ptx_coef: float = option("GRPO", 1.0, "weight of the pre-training loss kept in the step")
+    ptx_coef: float = option("GRPO", 2.0, "weight of the pre-training loss kept in the step")
+    ptx_batch: int = option("GRPO", 256, "its rows a step")
     temperature: float = option("GRPO", 1.0, "of rollouts")
     max_kl: float = option("GRPO", 2.0, "stop when the KL a token passes this for five steps")
     eval_items: int = option("evaluation", 512, "test items a metric")
@@ -148,13 +149,13 @@ TASK_MIX = {"draw": 4, "caption": 2, "vqa": 6, "multihop": 1, "text": 1, "story"
 TOKEN_WEIGHT = {"draw": 1.5, "vqa": 4.0, "verify": 4.0, "story": 1.5}  # an answer is one word
 # Share of drawings without words (half of three objects) and of captions without a picture (all of
 # three): they are cheap, and let a policy sample what no pair ever showed it.
-ALONE = 0.2
+ALONE = 0.35
 # Share of a baseline's unpaired rows that are prompts of GRPO, see `prompts_shown`.
 SHOWN = 0.5
 # Task: weight of its loss; prompts sampled and kept, as shares of --prompts. The kept ones have the
 # widest spread of rewards. A picture's reward is spread over many tokens, an answer's over two.
 GRPO_TASKS = {
-    "draw": (2.0, 1, 1), "caption": (0.5, 1, 0.5), "vqa": (0.5, 4, 1), "multihop": (0.5, 1, 0.5),
+    "draw": (2.0, 1, 1), "caption": (0.5, 2, 1), "vqa": (1.0, 4, 2), "multihop": (1.0, 3, 1),
     "verify": (0.5, 2, 0.5), "story": (2.0, 0.5, 0.5),
 }  # fmt: skip
 ANSWERED = ("vqa", "multihop", "verify")  # tasks whose reward is a key
@@ -575,7 +576,8 @@ def pretraining_examples(run, rng, n, method="pretrain", also=None):
 def prompts_shown(run):
     """What all steps of GRPO will see of the data, in the form that next tokens can learn it:
     {task: examples}. The texts to draw, without a picture; the pictures to describe, without a
-    text; and the questions with their answers, without steps."""
+    text; and the questions with their answers. Those of two hops are answered at once, as vqa: in
+    the place of thoughts, bare answers do harm."""
     shown = defaultdict(list)
     for step, task in itertools.product(range(run.config.grpo_steps), GRPO_TASKS):
         if not run.sources_of(task):
@@ -587,8 +589,8 @@ def prompts_shown(run):
             elif task == "caption":
                 shown["draw"].append(e._replace(task="draw", prompt="", answer=""))
             elif task in ANSWERED:
-                answer = e.answer.split(f"{END_THINK} ")[-1]
-                shown[task].append(e._replace(answer=answer))
+                e = at_once(e)
+                shown[e.task].append(e)
     return shown
 
 
@@ -818,7 +820,7 @@ def grpo_step(run, policy, reference, reward, step, update):
             losses[r.task] = GRPO_TASKS[r.task][0] * loss
             row |= {f"{name}_{r.task}": value for name, value in metrics.items()}
         if c.ptx_coef:
-            by_task = pretraining_examples(run, run.rng("grpo", step, "ptx", RANK), c.batch)
+            by_task = pretraining_examples(run, run.rng("grpo", step, "ptx", RANK), c.ptx_batch)
             nll, _ = next_token_loss(run, policy, by_task)
             losses["ptx"], row["nll"] = c.ptx_coef * nll, nll.detach()
         row |= update(sum(losses.values()))  # (T1)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from data import HELDOUT_PAIRS, NUMBERS, PAD, PROMPT_PAIRS, THINK, pairs_of
+from data import HELDOUT_PAIRS, NUMBERS, PAD, PROMPT_PAIRS, pairs_of
 from grpo import combine_rewards, group_advantages, pairwise_advantages
 from model import completion, outputs
 from train import Config, Stopped, make_config, parse_flags, schedule
@@ -194,16 +194,16 @@ def test_equal_rewards_leave_only_the_pull_to_the_base_and_to_pretraining(run, m
     assert gradient(moved, EQUAL, 0.0, 0.0).norm() == 0
     assert gradient(moved, EQUAL, 1.0, 0.0).norm() > 0.01
     assert gradient(run.policy("base"), EQUAL, 1.0, 0.0).norm() < 1e-4
-    by_task = train.pretraining_examples(run, run.rng("grpo", 0, "ptx", 0), run.config.batch)
+    by_task = train.pretraining_examples(run, run.rng("grpo", 0, "ptx", 0), run.config.ptx_batch)
     alone = unmoved(moved)(0.5 * train.next_token_loss(run, moved, by_task)[0])["gradient"]
     assert torch.allclose(gradient(moved, EQUAL, 0.0, 0.5), alone, atol=1e-6)
 
 
 def test_the_groups_that_are_kept_are_whole_and_have_the_widest_spread(run):
-    run.config.prompts = 4  # of captions half as many are kept
+    run.config.prompts = 4  # of statements half as many are kept
     rewards = torch.tensor([0.0, 3.0, 1.0, 5.0, 2.0, 4.0])[:, None] * torch.linspace(0, 1, 4)
     tokens, parts = torch.arange(24)[:, None].expand(-1, 7), {"clip": rewards + 10}
-    tokens, kept, parts = train.most_informative(run, "caption", tokens, rewards, parts)
+    tokens, kept, parts = train.most_informative(run, "verify", tokens, rewards, parts)
     assert tokens[:, 6].tolist() == [12, 13, 14, 15, 20, 21, 22, 23]
     assert torch.equal(kept, rewards[[3, 5]]) and torch.equal(parts["clip"], kept + 10)
 
@@ -315,11 +315,13 @@ def test_a_baseline_learns_from_the_very_prompts_that_grpo_sees_and_from_no_step
     of = {task: [e for e in sampled if e.task == task] for task in train.GRPO_TASKS}
     texts = [e.prompt for e in of["draw"]]
     assert [e.answer for e in shown["text"]] == [e.answer for e in shown["caption"]] == texts
-    for task, source in {"draw": "caption", "vqa": "vqa"}.items():
-        pairs = zip(shown[task], of[source], strict=True)
+    asked = [e for e in sampled if e.task in ("vqa", "multihop")]
+    for task, source in {"draw": of["caption"], "vqa": asked}.items():
+        pairs = zip(shown[task], source, strict=True)
         assert all((a.pictures == b.pictures).all() for a, b in pairs)
-    assert [e.answer for e in shown["vqa"]] == [e.answer for e in of["vqa"]]
-    assert not any(THINK in e.answer for some in shown.values() for e in some)
+    assert [e.answer for e in shown["vqa"]] == [e.answer.split()[-1] for e in asked]
+    assert [e.prompt for e in shown["vqa"]] == [e.prompt for e in asked] and of["multihop"]
+    assert set(shown) == {"text", "caption", "draw", "vqa"}
     mixed = train.pretraining_examples(run, run.rng("any"), 400, "unified", shown)
     known = {id(e) for some in shown.values() for e in some}
     for task, pairs in mixed.items():  # half of what is no pair
@@ -405,7 +407,9 @@ GROUPS = {
     "generation": "compose compose_heldout compose_pairs compose_unprompted clip_score frechet "
                   "frechet_floor frechet_three story story_frames story_consistent story_three "
                   "diversity diversity_heldout",
-    "reasoning": "visual visual_three multihop multihop_three", "language": "text_nll",
+    "reasoning": "visual visual_three multihop multihop_three multihop_at_once "
+                 "multihop_at_once_three",
+    "language": "text_nll",
 }  # fmt: skip
 META = "preset method data seed command commit device threads machine versions seconds noise config"
 
@@ -444,7 +448,7 @@ def test_one_model_learns_all_tasks_of_all_data_sets_from_mixed_rewards(clothes,
     few = dict(pretrain_steps=6, clip_steps=5, prompts=2, tasks="all", reward="mix")
     data = dict(data="synthetic,fashion_mnist,shapes", data_dir=str(tmp_path))
     folder = train.main(make_config(**TINY | SHORT | few | data, out=str(tmp_path / "run")))
-    for name, metrics in (("synthetic", 27), ("fashion_mnist", 13), ("shapes", 2)):
+    for name, metrics in (("synthetic", 29), ("fashion_mnist", 13), ("shapes", 2)):
         result = read_json(folder / "eval.json")["sources"][name]["aligned"]
         assert sum(cell is not None for g in result.values() for cell in g.values()) >= metrics
     assert all(rows_of(folder)[-1][f"reward_{task}"] for task in train.GRPO_TASKS)
