@@ -55,24 +55,29 @@ def plan(out, seeds, real_seeds):
 def reproduce(out, results, preset, seeds=5, real_seeds=3, jobs=2, **flags):
     """Train and measure all of it, `jobs` runs at a time with their share of the cores. Returns
     the tables of the claims; ValueError names the runs that failed."""
-    out, failed = Path(out), []
+    out, failed, done = Path(out), [], {}
     runs = list(plan(out, seeds, real_seeds))
     minutes = sum(MINUTES.get(change.get("method"), 4) for _, change in runs) / jobs
     print(f"{len(runs)} runs: {minutes:.0f} minutes with the cpu preset; finished ones are kept")
     flags |= {"preset": preset, "threads": max(1, torch.get_num_threads() // jobs)}
 
-    def one(run):
+    def one(name, change):
+        if "base" in change:
+            done[change["base"]].result()  # which was submitted earlier
         try:
-            trained(out / run[0], **flags | run[1])
+            trained(out / name, **flags | change)
         except ValueError as error:  # one that diverged: the others go on without it
             failed.append(str(error))
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, runs))
-    done = write(collect(out), results)
+        for name, change in runs:
+            done[str(out / name)] = pool.submit(one, name, change)
+    for future in done.values():
+        future.result()
+    judged = write(collect(out), results)
     if failed:
         raise ValueError("; ".join(failed))
-    return tables(done)
+    return tables(judged)
 
 
 def main():
