@@ -1031,6 +1031,7 @@ class Layout:
             if span.kind == "picture":
                 self.patch[span.start : span.end] = torch.arange(n_patches)
         self.columns = [c for s in self.spans if s.chosen for c in range(s.start, s.end)]
+        self.index = torch.tensor(self.columns, device=device)
         self.start, self.draws = self.columns[0], self.spans[-1].kind == "picture"
         self.first, self.last = (n_text, size) if self.draws else (EOS, n_text)
 
@@ -1039,6 +1040,11 @@ class Layout:
         <pad>."""
         given = ~self.chosen & (tokens >= EOS)
         return tokens.masked_fill(given & rows[:, None], PAD)
+
+
+def moved(tensor, device):
+    """A tensor of the CPU on a device, without a wait: a GPU copies it when it comes to it."""
+    return tensor.to(device, non_blocking=True)
 
 
 class Vocabulary:
@@ -1091,27 +1097,30 @@ class Vocabulary:
         """N examples of one task and the codes (M, P) of all `pictures_of` them, in [0, n_codes)
         -> (N, L) int64 on the device of the codes, reference answers included. A missing picture
         is <pad>."""
-        layout = self.layout(task)
-        tokens = torch.full((len(examples), layout.length), PAD, device=codes.device)
-        counts = torch.tensor([len(e.pictures) for e in examples])
-        assert len(codes) == counts.sum(), (len(codes), int(counts.sum()))
-        first = counts.cumsum(0) - counts
-        sentences, pictures = 0, 0
+        layout, lengths = self.layout(task), [len(e.pictures) for e in examples]
+        ends = list(itertools.accumulate(lengths))
+        assert len(codes) == ends[-1], (len(codes), ends[-1])
+        tokens = torch.full((len(examples), layout.length), PAD)
         several = sum(span.kind == "prompt" for span in layout.spans) > 1
+        sentences, places = 0, []
         for kind, start, end, chosen in layout.spans:
             if kind == "picture":
-                with_it = (counts > pictures).nonzero()[:, 0]
-                source = (first[with_it] + pictures).to(codes.device)
-                tokens[with_it.to(codes.device), start:end] = codes[source] + self.n_text
-                pictures += 1
+                places.append((start, end))
             elif kind in SPECIAL:
                 tokens[:, start] = self.ids[kind]
             else:
                 texts = [f"{e.answer} <eos>" if chosen else e.prompt for e in examples]
                 texts = [text.split(" . ")[sentences] for text in texts] if several else texts
-                ids = [self.encode(text, end - start) for text in texts]
-                tokens[:, start:end] = torch.tensor(ids, device=codes.device)
+                tokens[:, start:end] = torch.tensor([self.encode(t, end - start) for t in texts])
                 sentences += kind == "prompt"
+        # Where the pictures of an example stand among the codes; -1, the last row, is <pad>.
+        which = [[end - n + k if k < n else -1 for k in range(len(places))]
+                 for n, end in zip(lengths, ends)]
+        tokens, which = moved(tokens, codes.device), moved(torch.tensor(which), codes.device)
+        absent = codes.new_full((1, self.n_patches), PAD)
+        pictures = torch.cat((codes + self.n_text, absent))
+        for k, (start, end) in enumerate(places):
+            tokens[:, start:end] = pictures[which[:, k]]
         return tokens
 
 

@@ -77,17 +77,17 @@ def parse(pictures):
     """(N, S, S, 3) uint8 -> the Objects in each picture; shape and size are None for a malformed
     one. What a cell holds of one colour is one object: true objects never leave their cell."""
     distance = np.abs(pictures[:, :, :, None].astype(np.int16) - PALETTE).sum(-1)
-    scenes = []
-    for label in distance.argmin(-1):
-        scene = []
-        for row, column in CELLS:
-            cell = label[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
-            for number, color in enumerate(COLORS, 1):
-                y, x = np.nonzero(cell == number)
-                if len(y) >= SPECK:
-                    mask = cell[y.min() : y.max() + 1, x.min() : x.max() + 1] == number
-                    scene.append(Object(color, *outline(mask.tobytes(), mask.shape), row, column))
-        scenes.append(scene)
+    labels = distance.argmin(-1).reshape(-1, 2, CELL, 2, CELL).transpose(0, 1, 3, 2, 4)
+    cells = labels.reshape(-1, len(CELLS), CELL, CELL)
+    colors = np.arange(1, len(PALETTE))
+    pixels = (cells[..., None] == colors).sum((2, 3))  # (N, cells, colors)
+    scenes = [[] for _ in pictures]
+    for n, cell, color in np.argwhere(pixels >= SPECK):
+        mask = cells[n, cell] == color + 1
+        y, x = np.nonzero(mask)
+        mask = mask[y.min() : y.max() + 1, x.min() : x.max() + 1]
+        look = tuple(COLORS)[color], *outline(mask.tobytes(), mask.shape)
+        scenes[n].append(Object(*look, *CELLS[cell]))
     return scenes
 
 
@@ -350,6 +350,9 @@ def ranked_first(scores, also):
 # ------------------------------------------------ what a model can do
 
 
+ROWS = 512, 8192  # at once: on a CPU, on a GPU
+
+
 class Evaluator:
     """A model and what it is asked. split: "val" to choose by, "test" to report; each has its own
     seed. n: items a metric. With `rewards`, drawings and captions are the best of 8 samples by
@@ -376,14 +379,14 @@ class Evaluator:
             return [e._replace(task=task) for e in rng.sample(items, min(n, len(items)))]
         return [self.source.example(rng, task, pool, split=self.split) for _ in range(n)]
 
-    def outputs(self, examples, temperature=1.0, group=1, seed=0, rows=512):
+    def outputs(self, examples, temperature=1.0, group=1, seed=0):
         """`group` outputs an example, in order: pictures (N, n, S, S, 3) uint8, or a list of N
         texts."""
         if self.rewards and examples[0].task in ("draw", "caption"):
             return self.best_outputs(examples, temperature, group, seed)
         device, task, parts = self.model.head.device, examples[0].task, []
         layout, chance = self.vocab.layout(task, device), torch.Generator(device).manual_seed(seed)
-        at_once = max(rows // group, 1)
+        at_once = max(ROWS[device.type == "cuda"] // group, 1)
         for start in range(0, len(examples), at_once):
             some = examples[start : start + at_once]
             prompts = self.vocab.rows(task, some, self.codes(some))
@@ -432,9 +435,10 @@ def stories(e, pool):
 
 
 @torch.no_grad()
-def caption_logprobs(e, examples, texts, at_once=16):
+def caption_logprobs(e, examples, texts):
     """log p(text | picture) of M texts for each of N pictures, (N, M), under the caption task."""
-    layout, parts = e.vocab.layout("caption", e.model.head.device), []
+    device, parts = e.model.head.device, []
+    layout, at_once = e.vocab.layout("caption", device), ROWS[device.type == "cuda"] // len(texts)
     for start in range(0, len(examples), at_once):
         pictures = examples[start : start + at_once]
         some = [x._replace(answer=text) for x in pictures for text in texts]
@@ -823,12 +827,13 @@ def load_run(folder):
 
 def load_weights(module, path):
     """Read a module's weights; ValueError names what is wrong with the file."""
+    tensors = load_tensors(path)
     try:
-        module.load_state_dict(load_tensors(path))
+        module.load_state_dict(tensors)
     except RuntimeError as error:  # other names or shapes
         reason = " ".join(str(error).split())[:150]
         raise ValueError(f"{path} is of another configuration ({reason})") from error
-    if not all(w.isfinite().all() for w in module.state_dict().values()):
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise ValueError(f"{path} holds weights that are not finite; delete it, then --resume")
     return module
 

@@ -271,6 +271,7 @@ class Transformer(nn.Module):
         self.column = nn.Embedding(config.side, config.width)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
         self.norm = RMSNorm(config.width)
+        self.layer = Block.__call__  # or a compiled one, for rows that are read whole
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 nn.init.zeros_(p)  # these write into the residual stream: a layer starts as nothing
@@ -299,7 +300,10 @@ class Transformer(nn.Module):
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         turn = rotation(positions, self.config.width // self.config.heads)
         for i, block in enumerate(self.blocks):
-            x = block(x, turn, True, mask, cache and cache[i], start)
+            if cache is None:
+                x = self.layer(block, x, turn, True, mask)
+            else:
+                x = block(x, turn, True, mask, cache[i], start)
         return self.norm(x).to(self.dtype)
 
     def new_cache(self, n, columns):
@@ -357,16 +361,41 @@ def sample(model, layout, prompts, group=1, generator=None, temperature=1.0):
     return tokens
 
 
+def sample_recorded(graphs, model, layout, prompts, group, generator, temperature):
+    """As `sample`, on a GPU: the first call of a shape records it as a CUDA graph in the dict
+    `graphs`, all others replay that: one launch in the place of thousands. `model` must keep its
+    weights where they are, as optimizers do."""
+    key = id(model), layout.task, prompts.shape, group, temperature
+    if key not in graphs:
+        fixed, chance, side = prompts.clone(), torch.Generator(prompts.device), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what happens once only, such as choosing algorithms
+            sample(model, layout, fixed, group, chance, temperature)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(chance)
+        torch.clear_autocast_cache()  # casts of weights are part of the record: weights change
+        with torch.cuda.graph(graph):
+            tokens = sample(model, layout, fixed, group, chance, temperature)
+        torch.clear_autocast_cache()
+        graphs[key] = graph, fixed, chance, tokens
+    graph, fixed, chance, tokens = graphs[key]
+    fixed.copy_(prompts)
+    chance.manual_seed(generator.initial_seed())
+    graph.replay()
+    return tokens.clone()
+
+
 def completion(model, layout, tokens, group=1):
     """What a loss needs of N rows (N, L) whose prompts repeat `group` times: the states (N, T, C)
     that predict the T columns from the first chosen one on; their tokens (N, T), counted from the
-    first allowed id; and the completion mask (N, T): chosen by the policy, and not <pad>. On a
-    CPU the columns at the end that are <pad> in all rows are left out; on a GPU shapes stay as
-    they are."""
+    first allowed id; and the completion mask (N, T): chosen by the policy, and not <pad>. A CPU
+    reads a prompt once for its group, and leaves out columns at the end that are <pad> in all
+    rows; a GPU reads whole rows, whose shape is always the same."""
     start, end = layout.start, layout.length
     if not tokens.is_cuda:
         end = max(int((tokens != PAD).any(0).nonzero().max()) + 1, start + 1)
-    if group == 1:
+    if group == 1 or tokens.is_cuda:
         states = model(tokens[:, : end - 1], layout.patch[: end - 1])[:, start - 1 :]
     else:
         hidden, cache = read_prompts(model, layout, tokens[::group], group)
@@ -386,7 +415,7 @@ def allowed_head(model, layout):
 
 def outputs(layout, tokens, vocab, codebook):
     """What was chosen in rows (N, L): pictures (N, n, S, S, 3) uint8, or a list of N texts."""
-    chosen = tokens[:, layout.chosen]
+    chosen = tokens[:, layout.index]
     if layout.draws:
         codes = (chosen - vocab.n_text).reshape(-1, vocab.n_patches)
         pictures = codebook.decode(codes).cpu().numpy()

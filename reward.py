@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import (COUNTS, END_THINK, FASHION_CLASSES, NOISE, PAD, THINK, Example, by_kind, edits,
-                  in_pool, parse_caption, render, scene_edits)
+                  in_pool, moved, parse_caption, render, scene_edits)
 from model import Block, RMSNorm, allowed_head, at_least_float32, completion, matmul, rotation
 
 FLOOR = -6.0  # a hopeless candidate is not worse than a bad one
@@ -49,7 +49,7 @@ SURE = 0.5  # likelier than all its edits together is sure enough: the reward st
 
 def patches_of(pictures, patch, device):
     """(N, S, S, 3) uint8 -> (N, P, 3*patch*patch) float32 in [-1, 1], row by row."""
-    x = torch.as_tensor(pictures, device=device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = moved(torch.as_tensor(pictures), device).permute(0, 3, 1, 2).float() / 127.5 - 1
     return F.unfold(x, patch, stride=patch).transpose(1, 2)
 
 
@@ -57,7 +57,7 @@ def text_ids(vocab, texts, device="cpu"):
     """A list of texts -> (M, W) int64 word ids, padded on the right."""
     rows = [vocab.encode(t) or [PAD] for t in texts]
     width = max(map(len, rows))
-    return torch.tensor([r + [PAD] * (width - len(r)) for r in rows], device=device)
+    return moved(torch.tensor([r + [PAD] * (width - len(r)) for r in rows]), device)
 
 
 class CLIP(nn.Module):
@@ -138,8 +138,8 @@ def match_logprob(clip, vocab, pictures, texts, edits):
     for text, others in zip(texts, edits):
         choices.append([number.setdefault(t, len(number)) for t in dict.fromkeys((text, *others))])
     most = max(map(len, choices))
-    which = torch.tensor([row + [-1] * (most - len(row)) for row in choices], device=device)
-    which = which.repeat_interleave(group, 0)  # (N, 1+E)
+    which = torch.tensor([row + [-1] * (most - len(row)) for row in choices])
+    which = moved(which.repeat_interleave(group, 0), device)  # (N, 1+E)
     words = clip.text(text_ids(vocab, list(number), device))[which]  # (N, 1+E, W, D)
     logits = clip.log_scale.exp() * clip.similarity(clip.image(pictures), words)
     logits = logits.masked_fill(which < 0, -torch.inf)
@@ -147,14 +147,14 @@ def match_logprob(clip, vocab, pictures, texts, edits):
 
 
 @torch.no_grad()
-def drawing_logprobs(model, vocab, texts, codes, at_once=512):
+def drawing_logprobs(model, vocab, texts, codes):
     """log p(picture | text) under a policy: M texts with G pictures each, codes (M, G, P) ->
     (M, G)."""
     layout, group = vocab.layout("draw", codes.device), codes.shape[1]
     rows = vocab.rows("draw", [Example("draw", (), text, "") for text in texts], codes[:0, 0])
     rows = rows.repeat_interleave(group, 0)
-    rows[:, layout.chosen] = codes.flatten(0, 1) + vocab.n_text
-    logprobs = []
+    rows[:, layout.index] = codes.flatten(0, 1) + vocab.n_text
+    logprobs, at_once = [], 8192 if codes.is_cuda else 512
     for some in rows.split(max(at_once // group, 1) * group):
         states, targets, _ = completion(model, layout, some, group)
         logits = matmul(states.flatten(0, 1), allowed_head(model, layout).T.to(states.dtype))
@@ -168,9 +168,10 @@ def likelihood_contrast(model, vocab, codebook, pictures, texts, edits):
     probabilities of a policy? Arguments after the first three, and result, as of match_logprob."""
     choices = [list(dict.fromkeys((text, *others))) for text, others in zip(texts, edits)]
     counts = [len(some) for some in choices]
-    codes = codebook.encode(torch.as_tensor(pictures, device=model.head.device))
+    codes = codebook.encode(moved(torch.from_numpy(pictures), model.head.device))
     codes = codes.view(len(texts), -1, codes.shape[1])  # (M, G, P)
-    codes = codes.repeat_interleave(torch.tensor(counts, device=codes.device), 0)
+    own = [i for i, count in enumerate(counts) for _ in range(count)]
+    codes = codes[moved(torch.tensor(own), codes.device)]
     logprobs = drawing_logprobs(model, vocab, [text for some in choices for text in some], codes)
     contrasts = [part[0] - part.logsumexp(0) for part in logprobs.split(counts)]
     return torch.cat(contrasts).clamp(min=FLOOR)  # (R9)

@@ -59,12 +59,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import eval as evaluation
-from data import NOISE, SOURCES, Layout, Vocabulary, at_once, make_sources, pictures_of
+from data import NOISE, SOURCES, Layout, Vocabulary, at_once, make_sources, moved, pictures_of
 from grpo import (combine_rewards, contrastive_loss, dpo_loss, group_advantages, grpo_loss,
-                  look_back, masked_code_loss, pairwise_advantages, rejection_loss)
-from kernels import fused_linear_grpo_loss, selected_logprobs
-from model import (Codebook, ModelConfig, Transformer, allowed_head, atomically, completion,
-                   load_tensors, outputs, pick_device, sample, save_tensors)
+                  look_back, masked_code_loss, pairwise_advantages, reduce_tokens, rejection_loss)
+from kernels import fused_linear_grpo_loss, maybe_compile, selected_logprobs
+from model import (Block, Codebook, ModelConfig, Transformer, allowed_head, atomically, completion,
+                   load_tensors, outputs, pick_device, sample, sample_recorded, save_tensors)
 from reward import (CLIP, MIXES, Pair, PreferenceModel, Rewards, agreement, captioned, clip_loss,
                     make_pairs, pair_accuracy, preference_loss, rank_pairs, set_anchor, text_ids)
 
@@ -104,6 +104,7 @@ class Config:
     resume: bool = option("run", False, "go on with the run in --out")
     seed: int = option("run", 0, "of weights, scenes and samples")
     threads: int = option("run", 0, "CPU threads; 0 leaves torch's choice")
+    compile: bool = option("run", True, "on a GPU: compiled layers, sampling as a CUDA graph")
     deterministic: bool = option("run", False, "on a GPU: the same numbers every time, slower")
     data: str = option("data", "synthetic", "comma-separated: synthetic, fashion_mnist, shapes")
     data_dir: str = option("data", "data", "the parent of fashion_mnist/ and shapes/")
@@ -192,7 +193,7 @@ def resumed(given):
         stored = {f.name: stored[f.name] for f in dataclasses.fields(Config)}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); choose another --out") from error
-    free = ("out", "resume", "device", "threads", "data_dir")
+    free = ("out", "resume", "device", "threads", "compile", "data_dir")
     for name in set(given) - set(free):
         if getattr(config, name) != stored[name]:
             flag = f"--{name.replace('_', '-')} {given[name]}"
@@ -269,12 +270,14 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA asks for it
             torch.use_deterministic_algorithms(True)
         self.device, self.dtype, self.reason = pick_device(config.device)
+        torch.set_float32_matmul_precision("high")  # on a GPU TF32, where bfloat16 is not used
         self.sources = make_sources(config.data, config.data_dir, config.jitter, config.download)
-        self.judges = {}
+        self.judges, self.graphs = {}, {}
         self.learning, self.interrupted = False, None  # is a step running? the number of a signal
 
     def load_tokens(self):
         _, self.codebook, self.vocab = evaluation.load_run(self.folder)
+        self.codebook.entries = self.codebook.entries.to(self.device)
 
     def tasks(self, source):
         """The tasks of this run that a source knows."""
@@ -299,11 +302,20 @@ class Run:
 
     def codes(self, examples):
         """The codes (M, P) of all pictures of some examples, on the device."""
-        return self.codebook.encode(torch.as_tensor(pictures_of(examples), device=self.device))
+        return self.codebook.encode(moved(torch.from_numpy(pictures_of(examples)), self.device))
 
     def rows(self, task, examples):
         """Examples of one task as tokens (N, L), on the device."""
         return self.vocab.rows(task, examples, self.codes(examples))
+
+    def candidates(self, model, layout, prompts, generator):
+        """G samples of each of B prompts (B, L) -> (N, L)."""
+        c = self.config
+        how = layout, prompts, c.group_size, generator, c.temperature
+        with self.autocast():
+            if self.device.type == "cuda" and c.compile:
+                return sample_recorded(self.graphs, model, *how)
+            return sample(model, *how)
 
     def policy(self, name=None):
         """The transformer, fresh from the seed, or with the weights of a checkpoint of this run."""
@@ -311,6 +323,8 @@ class Run:
         torch.manual_seed(c.seed)
         shape = ModelConfig(self.vocab.size, self.codebook.side, c.width, c.layers, c.heads)
         model = Transformer(shape).to(self.device)
+        if self.config.compile:
+            model.layer = maybe_compile(Block.forward, self.device)
         if name:
             evaluation.load_weights(model, self.folder / f"{name}.safetensors")
         return model
@@ -486,6 +500,13 @@ class Updater:
         return {"loss": loss.detach(), "grad_norm": norm, "skipped": self.skipped}
 
 
+def as_floats(row):
+    """{name: float} of numbers and tensors: one wait for the device, whatever their number."""
+    there = [name for name, v in row.items() if torch.is_tensor(v) and v.device.type != "cpu"]
+    values = torch.stack([row[name].detach().float() for name in there]).tolist() if there else []
+    return {name: float(v) for name, v in (row | dict(zip(there, values))).items()}
+
+
 SAVE_SECONDS = 60  # between two states of a stage: what a crash costs
 
 
@@ -505,7 +526,7 @@ def fit(run, stage, model, steps, lr, step_of, after=None):
         for step in bar:
             start = time.perf_counter()
             update.set_lr(schedule(step, steps))
-            row = {k: float(v) for k, v in step_of(step, update).items()}
+            row = as_floats(step_of(step, update))
             timing.add(step, {"seconds": time.perf_counter() - start})
             metrics.add(step, row | (after(step) if after else {}))
             visible = [k for k in ("loss", "reward_draw", "kl_draw", "r1") if k in row]
@@ -595,18 +616,24 @@ def prompts_shown(run):
 
 
 def next_token_loss(run, model, by_task):
-    """(T2) of what `pretraining_examples` gives, and the number of tokens."""
-    total, weights, count = 0.0, 0.0, 0
+    """(T2) of what `pretraining_examples` gives, and the number of tokens. Tasks that choose from
+    the same ids, words or codes, are scored together."""
+    alike, total, weights, count = defaultdict(list), 0.0, 0.0, 0
     for task, pairs in by_task.items():
         layout = run.vocab.layout(task, run.device)
-        alone = torch.tensor([alone for _, alone in pairs], device=run.device)
+        alone = moved(torch.tensor([alone for _, alone in pairs]), run.device)
         tokens = layout.drop_prompt(run.rows(task, [example for example, _ in pairs]), alone)
         with run.autocast():
             states, targets, mask = completion(model, layout, tokens)
-        chosen = states[mask][None], allowed_head(model, layout), targets[mask][None]
-        logprobs, weight = selected_logprobs(*chosen), TOKEN_WEIGHT.get(task, 1.0)
-        total, weights = total - weight * logprobs.sum(), weights + weight * logprobs.numel()
-        count += logprobs.numel()
+        weight = TOKEN_WEIGHT.get(task, 1.0) * mask
+        alike[layout.draws].append([x.flatten(0, 1) for x in (states, targets, weight)])
+        count = count + mask.sum()
+    for parts in alike.values():
+        layout = run.vocab.layout("draw" if parts is alike.get(True) else "text", run.device)
+        states, targets, weight = map(torch.cat, zip(*parts))
+        logprobs = selected_logprobs(states[None], allowed_head(model, layout), targets[None])[0]
+        total = total - (weight * torch.where(weight > 0, logprobs, 0.0)).sum()
+        weights = weights + weight.sum()
     return total / weights, count  # (T2)
 
 
@@ -790,13 +817,13 @@ def grpo_step(run, policy, reference, reward, step, update):
         rng, layout = run.rng("grpo", step, task, RANK), run.vocab.layout(task, run.device)
         source, examples = grpo_prompts(run, rng, task)  # B prompts
         prompts, chance = run.rows(task, examples), run.generator(rng)
-        with run.autocast():
-            tokens = sample(policy, layout, prompts, c.group_size, chance, c.temperature)  # (N, L)
+        tokens = run.candidates(policy, layout, prompts, chance)  # (N, L)
         answers = outputs(layout, tokens, run.vocab, run.codebook)
         rewards, parts = reward(source, task, examples, answers, rng)  # (B, G)
         row |= reward_columns(task, rewards, parts)
         tokens, rewards, parts = most_informative(run, task, tokens, rewards, parts)
         advantages = advantages_of(c, rewards, parts, reward.weights_of(task))  # (N,)
+        rewards, advantages = moved(rewards, run.device), moved(advantages, run.device)
         with run.autocast():
             states, targets, mask = completion(policy, layout, tokens, c.group_size)  # (N, T, ...)
             with torch.no_grad():
@@ -805,8 +832,9 @@ def grpo_step(run, policy, reference, reward, step, update):
         old, ref, kl, entropy = look_back(*seen, c.temperature)  # (N, T)
         sampled = task, layout, tokens, rewards, advantages, states, targets, mask
         rollouts.append(Rollout(*sampled, old, ref))
-        row |= {f"kl_{task}": kl[mask].mean(), f"entropy_{task}": entropy[mask].mean()}
-        row["tokens"] += int(mask.sum())
+        for name, value in (("kl", kl), ("entropy", entropy)):
+            row[f"{name}_{task}"] = reduce_tokens(value, mask)
+        row["tokens"] = row["tokens"] + mask.sum()
         row["labels"] += len(examples) * (task in ANSWERED)
     for epoch in range(c.epochs):
         losses = {}
@@ -847,9 +875,8 @@ def most_informative(run, task, tokens, rewards, parts):
     keep = max(round(run.config.prompts * GRPO_TASKS[task][2]), 1)
     spread = rewards.amax(1) - rewards.amin(1)
     best = spread.topk(min(keep, len(spread))).indices.sort().values
-    parts = {name: value[best].to(run.device) for name, value in parts.items()}
-    groups = tokens.unflatten(0, rewards.shape)[best.to(run.device)]
-    return groups.flatten(0, 1), rewards[best].to(run.device), parts
+    groups = tokens.unflatten(0, rewards.shape)[moved(best, run.device)]
+    return groups.flatten(0, 1), rewards[best], {name: v[best] for name, v in parts.items()}
 
 
 def advantages_of(c, rewards, parts, weights):

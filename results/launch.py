@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from eval import run_command
 
-MAY_DIFFER = ("device", "threads", "data_dir")  # where and how a run computes, not what
+MAY_DIFFER = ("device", "threads", "compile", "data_dir")  # where and how a run computes, not what
 
 
 def trained(out, **flags):

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import signal
 from collections import Counter
 
@@ -441,6 +442,32 @@ def test_every_method_runs_to_its_end_from_the_base_of_another_run(finished, met
     assert all(torch.equal(base[k], aligned[k]) == (method == "best_of_n") for k in base)
     ours, theirs = (read_json(finished(m) / "eval.json") for m in (method, "unified"))
     assert ours["base"] == theirs["base"] and ours["sweep"]["base"] == theirs["sweep"]["base"]
+
+
+def test_a_base_is_measured_once_by_one_commit_on_the_same_scenes(smoke, tmp_path, monkeypatch):
+    for name in ("eval.json", "items.json"):
+        shutil.copy(smoke / name, tmp_path)
+    result, items = (read_json(smoke / name) for name in ("eval.json", "items.json"))
+    result["meta"]["commit"] = "abc1234"
+    (tmp_path / "eval.json").write_text(json.dumps(result))
+    c = make_config(**TINY, base=str(tmp_path), method="unified")
+    monkeypatch.setattr(train, "commit_of_code", lambda: "abc1234")
+    known = train.base_measured(c)["synthetic"]
+    assert known["numbers"] == result["base"] and known["sweep"] == result["sweep"]["base"]
+    assert known["items"] == items["synthetic"]["base"] and len(known["items"]["vqa"]) == 64
+    for change in ({"eval_items": 32}, {"seed": 1}, {"tasks": "vqa"}, {"base": ""}):
+        assert train.base_measured(dataclasses.replace(c, **change)) == {}
+    for commit in ("", "abc1234+changes", "def5678"):
+        monkeypatch.setattr(train, "commit_of_code", lambda commit=commit: commit)
+        assert train.base_measured(c) == {}
+
+
+def test_numbers_of_a_row_are_floats_wherever_they_are():
+    row = {"a": torch.tensor(2.5, requires_grad=True), "b": 3, "c": torch.tensor(7), "d": 0.5}
+    assert train.as_floats(row) == {"a": 2.5, "b": 3.0, "c": 7.0, "d": 0.5}
+    row["e"] = torch.tensor(1.0, device="meta")  # is asked for, with all others of its device
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        train.as_floats(row)
 
 
 @pytest.mark.slow

@@ -1,0 +1,93 @@
+"""How a world is built to make a method win: the noise of pre-training's answers, in doses.
+
+For each dose a base learns from answers that are wrong in so many cases, evenly over the other
+words of their kind. Then lvrpo, and unified twice: with the very same clean answers that GRPO's
+reward knows (as in the study), and without them. From 0.5 on the likeliest answer to a question of
+yes or no is wrong, from 0.75 on that to any. Questions alone: tasks vqa, multihop, text.
+
+Prints a table and writes dose.md. Given again, the command goes on where it stopped.
+
+    $ python results/dose.py      # two cores: 40 minutes
+"""
+
+import multiprocessing
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from launch import command, positive
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data
+import train
+from eval import Parser, over_seeds, read_result
+
+DOSES = (0.0, 0.15, 0.4, 0.7)
+METHODS = {  # name: the method, and the share of GRPO's answers in its rows (train.SHOWN)
+    "lvrpo": ("lvrpo", 0.5),
+    "unified": ("unified", 0.5),
+    "unified, no keys": ("unified", 0.0),
+}
+METRICS = ("vqa", "vqa_three", "multihop", "multihop_three")
+
+
+def one(out, dose, name, seed, preset):
+    """Train and measure one method at one dose, in a process of its own."""
+    folder, base = Path(out) / f"{name}-{dose}-{seed}", Path(out) / f"lvrpo-{dose}-{seed}"
+    if (folder / "eval.json").is_file():
+        return
+    method, train.SHOWN = METHODS[name]
+    data.NOISE["answer"] = dose
+    flags = {"preset": preset, "method": method, "seed": seed, "threads": 1, "out": str(folder)}
+    flags |= {"tasks": "vqa,multihop,text"} | ({"base": str(base)} if name != "lvrpo" else {})
+    resume = (folder / "config.json").is_file()
+    train.main(train.resumed(flags | {"resume": True}) if resume else train.make_config(**flags))
+
+
+def of_one_seed(out, dose, seed, preset):
+    """lvrpo, which trains the base, then the others. ValueError where one fails."""
+    for name in METHODS:
+        process = multiprocessing.get_context("spawn").Process(
+            target=one, args=(out, dose, name, seed, preset))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise ValueError(f"{name} with dose {dose} and seed {seed} failed, see above")
+
+
+def table(out, seeds):
+    """Markdown: a line a dose and metric; base, methods, and lvrpo less unified."""
+    head = ["wrong answers", "metric", "base", *METHODS, "lvrpo − unified", "lvrpo − no keys"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for dose in DOSES:
+        runs = {name: [read_result(Path(out) / f"{name}-{dose}-{seed}") for seed in range(seeds)]
+                for name in METHODS}
+        for metric in METRICS:
+            group = "understanding" if metric.startswith("vqa") else "reasoning"
+            values = {"base": [r["base"][group][metric]["value"] for r in runs["lvrpo"]]}
+            for name, results in runs.items():
+                values[name] = [r["aligned"][group][metric]["value"] for r in results]
+            for name in list(METHODS)[1:]:
+                pairs = zip(values["lvrpo"], values[name], strict=True)
+                values[f"less {name}"] = [a - b for a, b in pairs]
+            cells = [f"{dose:.0%}", f"`{metric}`", *map(over_seeds, values.values())]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = Parser(description="The noise of pre-training's answers, in doses.")
+    parser.add_argument("--out", default="runs/dose", help="for the runs [runs/dose]")
+    parser.add_argument("--seeds", type=positive, default=3, help="[3]")
+    parser.add_argument("--jobs", type=positive, default=2, help="at a time [2]")
+    parser.add_argument("--preset", default="cpu", help="as in train.py [cpu]")
+    args = parser.parse_args()
+    plan = [(args.out, dose, seed, args.preset) for seed in range(args.seeds) for dose in DOSES]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(of_one_seed, *zip(*plan)))
+    print(table(args.out, args.seeds))
+
+
+if __name__ == "__main__":
+    command("dose.py", main)
