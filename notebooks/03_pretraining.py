@@ -197,7 +197,7 @@ course.show([*drawn[1.0][:6], *drawn[0.1][:6]],
 # %% [markdown]
 # **Check.** The frames are green where the *colour* is right. Careless errors are spread over
 # three colours, so the truth is still the most likely single answer, and a low temperature finds
-# it: for free, without any alignment. **Keep this in mind for notebook 08**: whoever compares an
+# it: for free, without any alignment. **Keep this in mind for notebook 10**: whoever compares an
 # aligned model with its base at temperature 1 measures mostly this.
 #
 # The systematic error is no spread: the wrong side *is* the likelier one. If the side were one

@@ -207,7 +207,7 @@ def agreement(answer):
         same(answer(rewards, right), won / pairs, hint)
 
 
-# ---------------------------------------------------------------- 05 GRPO by hand
+# ---------------------------------------------------------------- 06 GRPO by hand
 
 
 def advantages(answer):
@@ -282,7 +282,7 @@ def token_mean(answer):
     assert float(nothing) == 0, "a batch without a valid token should give 0, not nan: 0 / 0 is nan"
 
 
-# ---------------------------------------------------------------- 06 aligning a model
+# ---------------------------------------------------------------- 07 aligning a model
 
 
 def color_share(answer):
@@ -327,7 +327,7 @@ def best_of_n(answer):
         same(got, expected, "wrong only if all n are wrong")
 
 
-# ---------------------------------------------------------------- 07 kernels
+# ---------------------------------------------------------------- 09 kernels
 
 
 def logits_bytes(answer):
@@ -376,7 +376,7 @@ def attainable(answer):
         same(float(answer(x, peak, bandwidth)), expected, "the lower one of two roofs", 1e-3)
 
 
-# ---------------------------------------------------------------- 08 reading results
+# ---------------------------------------------------------------- 10 reading results
 
 
 def equal_diversity(answer):

@@ -107,7 +107,7 @@ def show_rows(strips, title, wide=8.4):
     plt.show()
 
 
-# ---------------------------------------------------------------- the small base model of 05 and 06
+# ---------------------------------------------------------------- the small base model of 06 and 07
 
 
 class OneObject(World):

@@ -1,7 +1,7 @@
 """Execute the notebooks from their py:percent twins, each in a clean kernel, and write the .ipynb.
 
     python notebooks/run.py             # all of them; prints the seconds and the size of each
-    python notebooks/run.py 03 05       # some
+    python notebooks/run.py 03 06       # some
 """
 
 import os

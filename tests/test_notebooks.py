@@ -52,8 +52,9 @@ def solved(stem):
     return text
 
 
-def test_there_are_eight_notebooks_each_executed_with_solutions_and_a_line_in_the_readme():
-    assert [stem[:2] for stem in TWINS] == [f"{i:02}" for i in range(1, 9)]
+def test_every_notebook_has_its_number_is_executed_and_has_solutions_and_a_line_in_the_readme():
+    numbers = [int(stem[:2]) for stem in TWINS]
+    assert len(set(numbers)) == len(numbers) >= 8 and min(numbers) == 1
     for pattern in ("[0-9]*.ipynb", "solutions/*.py"):
         assert sorted(path.stem for path in FOLDER.glob(pattern)) == list(TWINS)
     linked = re.findall(r"\((\d\d_\w+)\.ipynb\)", (FOLDER / "README.md").read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""Solutions of notebook 08."""
+"""Solutions of notebook 10."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Solutions of notebook 06."""
+"""Solutions of notebook 07."""
 
 import copy
 

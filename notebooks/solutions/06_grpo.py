@@ -1,4 +1,4 @@
-"""Solutions of notebook 05."""
+"""Solutions of notebook 06."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Solutions of notebook 07."""
+"""Solutions of notebook 09."""
 
 import torch
 

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 08 · Reading the results, and how one fools oneself
+# # 10 · Reading the results, and how one fools oneself
 #
 # **You will see** real results the way a careful referee reads them: every claim about drawing as
 # quality *against* diversity, at the same cost, over several seeds; and seven ways to get a wrong

@@ -1,11 +1,11 @@
 # %% [markdown]
-# # 06 · Aligning a model, and hacking a reward on purpose
+# # 07 · Aligning a model, and hacking a reward on purpose
 #
 # **You will see** the whole GRPO loop in twenty lines; a naive reward that is hacked within a
 # minute while the true score falls; a KL penalty that holds the policy back; and then a reward
 # that deserves the name, against the obvious alternative and with its price.
 #
-# From `grpo.py`, `reward.py` and `eval.py`. The base is that of notebook 05: one object a picture,
+# From `grpo.py`, `reward.py` and `eval.py`. The base is that of notebook 06: one object a picture,
 # noisy captions.
 
 # %%
@@ -50,7 +50,7 @@ for row in front(evaluator(base.model), "paired", 64, 8, (1.0, 0.3)):
 # %% [markdown]
 # ## The loop
 #
-# Sample groups, reward them, take one step; again. Every line is one of notebook 05.
+# Sample groups, reward them, take one step; again. Every line is one of notebook 06.
 
 # %%
 def align(reward_of, kl_coef, ptx_coef=0.0, steps=45, lr=2e-3, n=8, group=8, seed=0, watch=False):
@@ -270,7 +270,7 @@ for what, k in (("at T = 1", 0), ("at the best T", 1), ("diversity at T = 1", 2)
 # score at T = 1, and it moves the whole line to the left. (T1) is no decoration: compare the lines
 # with and without it. On prompts like these much of the gain is what a temperature, or plain
 # further training, gives for nothing. Where alignment gives more, and how much of a small
-# difference is luck, notebook 08 asks.
+# difference is luck, notebook 10 asks.
 #
 # ## Without any learning
 #

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 05 · GRPO by hand
+# # 06 · GRPO by hand
 #
 # **You will see** every part of the loss on numbers small enough to redo on paper: groups,
 # advantages, ratio, clip, KL; why the loss is 0 while the model learns; how many groups teach

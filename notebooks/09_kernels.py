@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 07 · Kernels: memory, rooflines, fusing
+# # 09 · Kernels: memory, rooflines, fusing
 #
 # **You will see** that the logits are the largest tensor a language model makes; how a softmax is
 # computed in pieces, without ever holding them; which operations your machine can feed and which
