@@ -2,12 +2,15 @@
 
     import course                # also makes `from grpo import ...` find the repository's files
     course.start(minutes=1)      # versions, device, expected minutes; seeds; style of figures
-    course.check(my_function)    # tries it on random inputs: solved, open, or a hint
+    course.map(3)                # the whole pipeline, with the place of notebook 03
+    course.check(my_function)    # tries it on random inputs: solved, open, or what is wrong
+    course.hint(my_function, 1)  # the first hint; 2, 3, ... come nearer to the answer
     course.use(my_function)      # what later cells call: yours if it passes, else the solution
     course.final(f, g, h)        # the last cell: all exercises of a notebook at once
 """
 
 import importlib.util
+import io
 import platform
 import random
 import sys
@@ -20,9 +23,13 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 import checks
+import hints
 import matplotlib.pyplot as plt
 import numpy as np
+import PIL.Image
 import torch
+from IPython.display import Image, display
+from matplotlib.patches import FancyBboxPatch
 
 from data import (
     NOISE, PAD, SPECIAL, Example, Vocabulary, World, noisy_caption, pictures_of, render,
@@ -51,6 +58,54 @@ def start(minutes):
     print(f"{versions} · {device} · about {minutes:g} min on two cores")
 
 
+# ---------------------------------------------------------------- the map of the course
+
+PIPELINE = [  # box, what it holds, where its code is, the notebooks about it
+    ("data", "scenes and\nnoisy captions", "data.py", (1,)),
+    ("tokens", "words and codes\nin one row", "data.py, model.py", (1,)),
+    ("base", "next-token training,\nthen a frozen copy", "model.py, train.py", (2, 3)),
+    ("samples", "G candidates\nof each prompt", "model.py", (2, 7)),
+    ("rewards", "how well each\nfits its prompt", "reward.py", (4, 7)),
+    ("advantages", "each against\nits own group", "grpo.py", (5, 6, 7)),
+    ("update", "clipped ratio,\nKL to the base", "grpo.py, kernels.py", (5, 6, 7, 9)),
+    ("results", "a judge that was\nnot trained on", "eval.py", (10,)),
+]
+
+
+def map(lesson):
+    """The pipeline of this repository, with the boxes of one notebook (its number) in colour."""
+    figure, ax = plt.subplots(figsize=(8.8, 1.6))
+    for x, (box, what, file, lessons) in enumerate(PIPELINE):
+        here = lesson in lessons
+        face = dict(fc=BLUE, ec=BLUE) if here else dict(fc="#eef1f5", ec=GREY)
+        style = "round,pad=0,rounding_size=0.06"
+        ax.add_patch(FancyBboxPatch((x - 0.44, 0), 0.88, 1, boxstyle=style, lw=0.8, **face))
+        ink = dict(color="white" if here else "black", ha="center", va="center")
+        ax.text(x, 0.86, box, fontsize=9, fontweight="bold", **ink)
+        ax.text(x, 0.6, what, fontsize=6, **ink)
+        ax.text(x, 0.33, file.replace(", ", "\n"), fontsize=6, family="monospace", **ink)
+        ax.text(x, 0.1, " ".join(f"{n:02}" for n in lessons), fontsize=7, **ink)
+        if x:
+            ax.annotate("", (x - 0.44, 0.5), (x - 0.56, 0.5), arrowprops=dict(arrowstyle="-|>"))
+    ax.plot((6, 6, 3), (1.01, 1.14, 1.14), color=GREY, linewidth=1)
+    ax.annotate("", (3, 1.0), (3, 1.16), arrowprops=dict(arrowstyle="-|>", color=GREY))
+    ax.text(4.5, 1.19, "again, with the updated policy", fontsize=7, color=GREY, ha="center")
+    ax.set(xlim=(-0.5, 7.5), ylim=(-0.02, 1.36), title=f"In blue: what notebook {lesson:02} is about")
+    ax.text(7.5, 1.42, "in each box: its files, and the numbers of its notebooks", fontsize=7,
+            color=GREY, ha="right")  # fmt: skip
+    ax.axis("off")
+    show_small(figure)
+
+
+def show_small(figure, colors=16):
+    """Displays a figure as a PNG of few colours: a third of the bytes in the notebook's file."""
+    large, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(large, format="png")
+    plt.close(figure)
+    PIL.Image.open(large).convert("RGB").quantize(colors).save(small, format="png", optimize=True)
+    display(Image(small.getvalue()))
+
+
 # ---------------------------------------------------------------- figures
 
 
@@ -59,7 +114,7 @@ def show(pictures, titles=None, columns=8, right=None, title=None, size=1.15):
     where true and red where not."""
     rows = -(-len(pictures) // columns)
     words = [textwrap.wrap(t, max(8, int(17 * size))) for t in titles or ()]
-    lines = sum(max(map(len, words[i : i + columns])) for i in range(0, len(words), columns))
+    lines = sum(max(len(w) for w in words[i : i + columns]) for i in range(0, len(words), columns))
     high = rows * size + 0.14 * lines + 0.3 * bool(title)
     figure, axes = plt.subplots(rows, columns, figsize=(size * columns, high), squeeze=False)
     for ax in axes.flat:
@@ -93,7 +148,7 @@ def strip(layout, tokens=None):
 
 def show_rows(strips, title, wide=8.4):
     """Rows of tokens as coloured strips: {label: strip(layout, tokens)}."""
-    longest = max(map(len, strips.values()))
+    longest = max(len(kinds) for kinds in strips.values())
     grid = torch.full((len(strips), longest), torch.nan)
     for row, kinds in zip(grid, strips.values()):
         row[: len(kinds)] = kinds
@@ -186,15 +241,18 @@ def update(model, optimizers, loss, lr):
 
 # ---------------------------------------------------------------- exercises
 
+MARKS = {"solved": "✔", "open": "·", "not yet": "✘"}
+
 
 def status(function):
-    """("solved" | "open" | "not yet", hint) of a student's function, by the check of its name."""
+    """("solved" | "open" | "not yet", what is wrong) of a student's function, by the check of its
+    name."""
     try:
         getattr(checks, function.__name__)(function)
     except NotImplementedError:
         return "open", "write it, then run its cell and this one again"
-    except AssertionError as hint:
-        return "not yet", str(hint)
+    except AssertionError as wrong:
+        return "not yet", str(wrong)
     except Exception as error:  # whatever a student's code raises is shown, with its line
         line = error.__traceback__
         while line.tb_next:
@@ -206,9 +264,22 @@ def status(function):
 
 def check(function):
     """Run the check of one exercise and print what came of it."""
-    state, hint = status(function)
-    mark = {"solved": "✔", "open": "·", "not yet": "✘"}[state]
-    print(f"{mark} {function.__name__}: {state}" + (f"\n    {hint}" if hint else ""))
+    name, (state, wrong) = function.__name__, status(function)
+    print(f"{MARKS[state]} {name}: {state}")
+    if wrong:
+        print(f"    {wrong}")
+        print(f"    {len(hints.HINTS[name])} hints: course.hint({name}, 1)")
+
+
+def hint(function, number):
+    """Print one hint about an exercise: 1 is the gentlest, the last is nearly the answer."""
+    name = getattr(function, "__name__", function)
+    if name not in hints.HINTS:
+        raise ValueError(f"no exercise is called {name!r}")
+    steps = hints.HINTS[name]
+    if number not in range(1, len(steps) + 1):
+        raise ValueError(f"hint {number} of {name}: it has hints 1 to {len(steps)}")
+    print(textwrap.fill(f"hint {number} of {len(steps)}: {steps[number - 1]}", 92))
 
 
 def solution(name):
@@ -230,8 +301,9 @@ def use(function):
 
 def final(*functions):
     """The last cell: every exercise again, and how many are solved."""
-    for function in functions:
-        check(function)
-    solved = sum(status(function)[0] == "solved" for function in functions)
+    states = [status(function)[0] for function in functions]
+    for function, state in zip(functions, states):
+        print(f"{MARKS[state]} {function.__name__}: {state}")
+    solved = states.count("solved")
     where = "" if solved == len(functions) else "; solutions are in notebooks/solutions"
     print(f"{solved} of {len(functions)} solved{where}")

@@ -1,13 +1,14 @@
-"""The course: twins in step, outputs light, solutions pass where stubs and wrong answers fail."""
+"""The course: twins in step, outputs light, solutions pass where stubs and wrong answers fail,
+hints that do not give the answer away, formulas that can be rendered."""
 
 import ast
 import inspect
 import re
 import sys
+import textwrap
 
 import jupytext
 import nbformat
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -15,8 +16,13 @@ from conftest import ROOT
 FOLDER = ROOT / "notebooks"
 sys.path.insert(0, str(FOLDER))  # where a notebook's kernel starts
 
+import checks
 import course
+import hints
 import run
+import wrong_answers
+
+import grpo
 
 TWINS = {twin.stem: twin for twin in run.TWINS}
 CELLS = {stem: jupytext.read(twin, fmt="py:percent").cells for stem, twin in TWINS.items()}
@@ -54,7 +60,7 @@ def solved(stem):
 
 def test_every_notebook_has_its_number_is_executed_and_has_solutions_and_a_line_in_the_readme():
     numbers = [int(stem[:2]) for stem in TWINS]
-    assert len(set(numbers)) == len(numbers) >= 8 and min(numbers) == 1
+    assert len(set(numbers)) == len(numbers) >= 9 and min(numbers) == 1
     for pattern in ("[0-9]*.ipynb", "solutions/*.py"):
         assert sorted(path.stem for path in FOLDER.glob(pattern)) == list(TWINS)
     linked = re.findall(r"\((\d\d_\w+)\.ipynb\)", (FOLDER / "README.md").read_text("utf-8"))
@@ -87,7 +93,7 @@ def test_cells_are_short_and_every_exercise_is_checked_where_it_stands(stem):
 
 
 @pytest.mark.parametrize("stem,name", EXERCISES)
-def test_a_solution_passes_and_the_stub_and_a_nearly_right_answer_fail_with_a_hint(stem, name):
+def test_a_solution_passes_and_the_stub_and_a_nearly_right_answer_fail_with_words(stem, name):
     right = course.solution(name)
     assert course.status(right) == ("solved", "") and course.use(right) is right
 
@@ -95,51 +101,106 @@ def test_a_solution_passes_and_the_stub_and_a_nearly_right_answer_fail_with_a_hi
         x = right(*arguments)
         if isinstance(x, tuple):
             return (x[0] + 0.01, *x[1:])
-        return None if x is None or isinstance(x, torch.nn.Module) else x + 1
+        return None if x is None or isinstance(x, torch.nn.Module) else 1.05 * x + 1
 
     nearly.__name__ = name
     for wrong in (stub(stem, name), nearly):
-        state, hint = course.status(wrong)
-        assert state in ("open", "not yet") and len(hint) > 10 and course.use(wrong) is not wrong
+        state, words = course.status(wrong)
+        assert state in ("open", "not yet") and len(words) > 10 and course.use(wrong) is not wrong
 
 
-class Wrong:
-    """Plausible wrong answers, each called like its exercise, __ and what is wrong."""
-
-    def color_share__every_channel(picture, color):
-        return (np.abs(picture.astype(int) - np.array(color)) < 60).all(-1).mean()
-
-    def online_logsumexp__keeps_all(chunks):
-        return torch.cat(list(chunks), 1).logsumexp(1)
-
-    def clipped_objective__detached(ratio, advantage, low, high):
-        return torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage).detach()
-
-    def causal_attention__width_four(q, k, v):
-        return course.solution("causal_attention")(q * q.shape[-1] ** 0.5 / 2, k, v)
-
-    def equal_diversity__extrapolates(points, diversity):
-        (d0, q0), *_, (d1, q1) = sorted(points)
-        return q0 + (q1 - q0) * (diversity - d0) / (d1 - d0) if diversity <= d1 else None
-
-    def kmeans_step__in_place(patches, entries):
-        return entries.copy_(course.solution("kmeans_step")(patches, entries))
-
-    def allowed_probs__in_place(logits, first, last, temperature):
-        return logits.copy_(course.solution("allowed_probs")(logits, first, last, temperature))
-
-    def advantages__other_eps(rewards):
-        return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-8)
-
-    def token_mean__nothing_valid(per_token, mask):
-        return torch.where(mask, per_token, 0.0).sum() / mask.sum()
+WRONG = [name for name in vars(wrong_answers) if "__" in name.strip("_")]
 
 
-@pytest.mark.parametrize("name", [name for name in vars(Wrong) if not name.startswith("_")])
-def test_a_plausible_wrong_answer_is_refused(name):
-    wrong = getattr(Wrong, name)
-    wrong.__name__ = name.split("__")[0]
-    assert course.status(wrong)[0] == "not yet"
+def test_every_check_has_at_least_two_wrong_answers_to_refuse():
+    exercises = [name.split("__")[0] for name in WRONG]
+    assert set(exercises) == {name for _, name in EXERCISES}
+    for _, name in EXERCISES:
+        assert exercises.count(name) >= 2, name
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_plausible_wrong_answer_is_refused_in_a_line_that_says_what_is_wrong(name):
+    exercise = name.split("__")[0]
+    with pytest.raises(AssertionError) as refused:  # not a crash inside the answer
+        getattr(checks, exercise)(getattr(wrong_answers, name))
+    words = str(refused.value).splitlines()[0]
+    assert 10 < len(words) < 130
+    told = {step for steps in hints.HINTS.values() for step in steps}
+    assert not any(words in step for step in told)
+
+
+def test_the_checks_of_the_bandit_accept_every_right_answer():
+    def others_only(rewards):
+        return rewards - (rewards.sum() - rewards) / (len(rewards) - 1)
+
+    def a_neighbour(rewards):
+        return rewards - rewards.roll(1)
+
+    for answer in (others_only, a_neighbour):
+        checks.unbiased_advantages(answer)
+
+
+def code_of(name):
+    """The statements of a solution and the values in them, without blanks."""
+    (function,) = ast.parse(textwrap.dedent(inspect.getsource(course.solution(name)))).body
+    lines = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.stmt) and node is not function and not hasattr(node, "body"):
+            lines += [node, *([node.value] if getattr(node, "value", None) else [])]
+    texts = [ast.unparse(line) for line in lines if not isinstance(line, ast.Constant)]
+    docstring = ast.get_docstring(function, clean=False)
+    return ["".join(text.split()) for text in texts if docstring is None or docstring not in text]
+
+
+@pytest.mark.parametrize("stem,name", EXERCISES)
+def test_every_exercise_has_hints_in_steps_that_do_not_contain_the_solution(stem, name, capsys):
+    steps = hints.HINTS[name]
+    assert len(steps) >= 2 and len(set(steps)) == len(steps)
+    for number, step in enumerate(steps, 1):
+        course.hint(stub(stem, name), number)
+        assert capsys.readouterr().out.startswith(f"hint {number} of {len(steps)}: {step[:20]}")
+        for code in code_of(name):
+            # names of one word, like `keys`, may stand in a hint
+            assert code.isidentifier() or code not in "".join(step.split()), (code, step)
+    for number in (0, len(steps) + 1):
+        with pytest.raises(ValueError, match=f"hints 1 to {len(steps)}"):
+            course.hint(name, number)
+
+
+def test_hints_belong_to_exercises_and_a_failed_check_says_that_there_are_some(capsys):
+    assert list(hints.HINTS) == [name for _, name in EXERCISES]
+    for stem, name in EXERCISES[:1]:
+        course.check(stub(stem, name))
+        assert f"course.hint({name}, 1)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no exercise"):
+        course.hint("no_such_exercise", 1)
+
+
+def test_the_map_names_files_that_exist_and_notebooks_that_exist():
+    for _, _, files, lessons in course.PIPELINE:
+        assert all((ROOT / file).is_file() for file in files.split(", "))
+        assert {f"{n:02}" for n in lessons} <= {stem[:2] for stem in TWINS}
+
+
+@pytest.mark.parametrize("stem", TWINS)
+def test_formulas_are_balanced(stem):
+    for cell in CELLS[stem]:
+        if cell.cell_type == "markdown":
+            assert cell.source.count("$$") % 2 == 0
+            for formula in re.findall(r"\$\$(.+?)\$\$", cell.source, re.S):
+                assert formula.count("{") == formula.count("}")
+                opened, closed = (re.findall(rf"\\{w}{{(\w+)}}", formula) for w in ("begin", "end"))
+                assert opened == closed and formula.count(r"\tag") <= 1
+
+
+def test_the_lesson_on_policy_gradients_tags_its_formulas_as_grpo_does():
+    text = TWINS["05_policy_gradient"].read_text("utf-8")
+    listed = dict(re.findall(r"^\((G\d+)\) (.+)", grpo.__doc__, re.M))
+    assert set(re.findall(r"\\tag{(G\d+)}", text)) == {"G1", "G4", "G6", "G7", "G8", "G9"}
+    whole = text[text.index("## GRPO's whole objective") :]
+    for tag in ("G1", "G4", "G6", "G7", "G8", "G9"):
+        assert tag in listed and rf"\text{{({tag})}}" in whole and f"({tag})" in whole
 
 
 @pytest.mark.slow
