@@ -23,6 +23,7 @@ from data import (NOISE, PAD, Vocabulary, World, noisy_caption, pictures_of, sam
 from model import Codebook
 
 course.start(minutes=0.3)
+course.map(1)
 
 # %% [markdown]
 # ## A scene is a small record

@@ -21,6 +21,7 @@ from data import PAD, Vocabulary, World, pictures_of
 from model import Codebook, ModelConfig, Transformer, rotate, rotation, sample
 
 course.start(minutes=0.3)
+course.map(2)
 
 # %%
 world = World()

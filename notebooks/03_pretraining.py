@@ -24,6 +24,7 @@ from model import ModelConfig, Transformer
 from train import make_optimizers, schedule
 
 course.start(minutes=0.5)
+course.map(3)
 
 # %% [markdown]
 # ## A web with two bad habits

@@ -23,6 +23,7 @@ from reward import CLIP, SURE, clip_loss, make_pairs, match_logprob, text_ids
 from train import make_optimizers, schedule
 
 course.start(minutes=1)
+course.map(4)
 
 # %% [markdown]
 # ## CLIP: which text belongs to which picture?

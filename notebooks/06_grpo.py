@@ -23,12 +23,13 @@ from model import outputs, sample
 from train import make_optimizers
 
 course.start(minutes=0.7)
+course.map(6)
 
 # %% [markdown]
 # ## A group grades itself
 #
 # Four candidates for one prompt, four rewards. (G1): A = (r − mean of the group) / (std of the
-# group + eps). No value network: the siblings are the baseline.
+# group + eps). No value network: the siblings are the baseline, as notebook 05 derives.
 
 # %%
 def advantages(rewards):

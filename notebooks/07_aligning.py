@@ -26,6 +26,7 @@ from reward import CLIP, Rewards, clip_loss, text_ids
 from train import make_optimizers, schedule
 
 course.start(minutes=1.5)
+course.map(7)
 base = course.small_base()
 layout = base.vocab.layout("draw")
 

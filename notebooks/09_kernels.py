@@ -22,6 +22,7 @@ from grpo import grpo_loss
 from kernels import fused_linear_grpo_loss
 
 course.start(minutes=0.5)
+course.map(9)
 
 # %% [markdown]
 # ## The largest tensor

@@ -22,6 +22,7 @@ import eval as evaluation
 from data import NOISE
 
 course.start(minutes=0.2)
+course.map(10)
 
 # %%
 stored = json.loads((HERE / "first_edition.json").read_text(encoding="utf-8"))

@@ -77,7 +77,7 @@ def test_a_notebook_is_its_twin_executed_with_light_and_clean_outputs(stem):
     outputs = [o for c in code for o in c.outputs]
     printed = [o for o in outputs if o.output_type == "stream" and o.name == "stdout"]
     figures = [o for o in outputs if o.output_type == "display_data" and "image/png" in o.data]
-    assert len(printed) + len(figures) == len(outputs) and len(figures) >= 2
+    assert len(printed) + len(figures) == len(outputs) and len(figures) >= 3
     texts = "".join(o.text for o in printed)
     assert re.match(r"python .* torch .* about [\d.]+ min", texts)
     assert not re.search(r"/(tmp|home|root|work|usr|Users)/|Traceback|Error\b", texts)
@@ -175,6 +175,18 @@ def test_hints_belong_to_exercises_and_a_failed_check_says_that_there_are_some(c
         assert f"course.hint({name}, 1)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no exercise"):
         course.hint("no_such_exercise", 1)
+
+
+@pytest.mark.parametrize("stem", TWINS)
+def test_the_first_cell_shows_the_map_with_this_lesson_on_it(stem):
+    first = next(cell.source for cell in CELLS[stem] if cell.cell_type == "code")
+    number = int(stem[:2])
+    assert f"\ncourse.map({number})" in first
+    assert any(number in lessons for *_, lessons in course.PIPELINE)
+    book = nbformat.read(FOLDER / f"{stem}.ipynb", as_version=4)
+    outputs = next(c.outputs for c in book.cells if c.cell_type == "code")
+    (picture,) = [o.data["image/png"] for o in outputs if o.output_type == "display_data"]
+    assert len(picture) < 20_000
 
 
 def test_the_map_names_files_that_exist_and_notebooks_that_exist():
