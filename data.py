@@ -625,11 +625,14 @@ class World:
         for kind, e in edits(caption) if caption else ():
             long = kind == "add" and len(e.mentions) > longest
             if not long and (not held_out or in_pool("three", e.kinds)):
-                legal.append((kind, e.text()))
-        kinds = [rng.sample(texts, len(texts)) for texts in by_kind(legal).values()]
+                legal.append((kind, e))
+        kinds = [rng.sample(some, len(some)) for some in by_kind(legal).values()]
         rng.shuffle(kinds)  # one edit of each kind before the second of any
-        layers = itertools.zip_longest(*kinds)
-        return list(dict.fromkeys(text for layer in layers for text in layer if text))[:n]
+        found = {}
+        for e in itertools.chain(*itertools.zip_longest(*kinds)):
+            if e and len(found) < n:
+                found[e.text()] = None
+        return list(found)
 
     def hard_negatives(self, rng, n, split="train", family=8):
         """n clean captions with pictures, in families of scenes one edit apart: candidates for
