@@ -610,8 +610,7 @@ def prompts_shown(run):
             elif task == "caption":
                 shown["draw"].append(e._replace(task="draw", prompt="", answer=""))
             elif task in ANSWERED:
-                e = at_once(e)
-                shown[e.task].append(e)
+                shown[at_once(e).task].append(at_once(e))
     return shown
 
 
@@ -628,8 +627,8 @@ def next_token_loss(run, model, by_task):
         weight = TOKEN_WEIGHT.get(task, 1.0) * mask
         alike[layout.draws].append([x.flatten(0, 1) for x in (states, targets, weight)])
         count = count + mask.sum()
-    for parts in alike.values():
-        layout = run.vocab.layout("draw" if parts is alike.get(True) else "text", run.device)
+    for draws, parts in alike.items():
+        layout = run.vocab.layout("draw" if draws else "text", run.device)
         states, targets, weight = map(torch.cat, zip(*parts))
         logprobs = selected_logprobs(states[None], allowed_head(model, layout), targets[None])[0]
         total = total - (weight * torch.where(weight > 0, logprobs, 0.0)).sum()
