@@ -6,6 +6,7 @@ hints.py. Inputs come from seeded generators, so that a check gives the same ver
 """
 
 import copy
+import hashlib
 import itertools
 import math
 
@@ -480,3 +481,57 @@ def paired_interval(answer):
         got = torch.tensor(answer(a, b, t), dtype=torch.float64)
         edges = torch.tensor([d.mean() - half, d.mean() + half])
         same(got, edges, f"the interval of {n} seeds")
+
+
+# ---------------------------------------------------------------- sick runs
+
+
+def first_pass_gap(answer):
+    for g in draws():
+        old, mask = -3 * torch.rand(4, 6, generator=g), torch.rand(4, 6, generator=g) < 0.6
+        mask[0, :2] = True
+        new = old + 0.1 * rand(g, 4, 6)
+        new[0, 0] = old[0, 0] - 0.7  # the largest difference is a fall
+        new[~mask], old[~mask] = torch.nan, -torch.inf
+        got = torch.as_tensor(answer(new.clone(), old.clone(), mask.clone()))
+        assert not got.isnan(), "nan: what stands in the padding got into the result"
+        hint = "the largest absolute difference of two log-probs, over the valid tokens only"
+        same(got.reshape(()), torch.tensor(0.7), hint)
+    nothing = float(answer(new, old, torch.zeros_like(mask)))
+    assert nothing == 0, "without a valid token there is no gap: 0"
+
+
+def alarm(answer):
+    cases = [([1, 3, 1, 3, 3, 1], 2, 2, 4), ([1, 3, 1, 3, 1, 3], 2, 2, None), ([3, 3], 2, 1, 0),
+             ([2, 2, 2, 2.5, 2.1, 9], 2, 3, 5), ([3, 3], 2, 3, None), ([], 0, 1, None),
+             ([-1, -0.2, -0.1, -3], -0.5, 2, 2)]  # fmt: skip
+    for values, limit, patience, expected in cases:
+        got = answer(list(values), limit, patience)
+        hint = f"alarm({values}, {limit}, {patience}) gives {got}: count on end, strictly above"
+        assert got is expected or (got == expected and got is not None), hint
+
+
+# Digests, so that reading this file does not answer the question.
+LOGS_OF_CAUSES = set("2589e1d6 42f8d823 5db76cd1 a14763e0 a818eee5 d01111a0".split())
+PANELS_OF_CAUSES = set(
+    "246bf658 314cfa17 4f52b071 64cb9cd5 7ad4945d b8bb16c2 ca0f91c9 f3986903".split())  # fmt: skip
+CAUSES = ("kl", "no spread", "entropy", "temperature", "clip", "hacked")
+
+
+def digest(*words):
+    return hashlib.sha256(" ".join(map(str, words)).encode()).hexdigest()[:8]
+
+
+def diagnosis(answer):
+    got = answer()
+    form = 'expected {"A": (cause, panel), ...} with all letters from A to F'
+    assert isinstance(got, dict) and sorted(map(str, got)) == list("ABCDEF"), form
+    pairs = all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in got.values())
+    assert pairs, f"{form}, two words each"
+    causes = [cause for cause, _ in got.values()]
+    assert set(causes) <= set(CAUSES), f"causes are {', '.join(CAUSES)}"
+    assert len(set(causes)) == 6, "each cause belongs to one log, and here one is named twice"
+    right = sum(digest(letter, cause) in LOGS_OF_CAUSES for letter, (cause, _) in got.items())
+    assert right == 6, f"{right} of 6 causes are right: what moves first, and what does not move?"
+    shown = sum(digest(*pair) in PANELS_OF_CAUSES for pair in got.values())
+    assert shown == 6, f"all causes are right; {shown} of 6 panels tell theirs from the others"
