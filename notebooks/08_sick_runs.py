@@ -79,7 +79,7 @@ def finish(ax, name, logs):
         if len(values) == 1:
             value = values.pop()
             place = "top" if name == "zero spread" and value == 1 else "bottom"
-            words = f"always {value:.3g} at all steps"
+            words = f"{value:.3g} at all steps"
             ax.text(20, value, words, fontsize=7, ha="center", va=place)
 
 
