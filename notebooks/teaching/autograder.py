@@ -3,8 +3,8 @@ answers.
 
 Every question runs in a process of its own, so that a submission may raise, loop, exit or print:
 it loses that question's points, and the others are graded. Inputs come from the seed: keep yours.
-The grader compares with expressions of its own and holds no solution to copy. It is no guard against
-malice: a submission runs with your rights, so grade strangers' files in a container.
+The grader compares with expressions of its own. It is no guard against malice: a submission runs
+with your rights, so grade strangers' files in a container.
 
     $ python notebooks/teaching/autograder.py submission.py --seed 7 --limit 5
     Q1  25/25
@@ -115,9 +115,9 @@ def constant_mean(submission, rng):
 
 
 def words_of(rng, n):
-    """(vocabulary, key of n different words of it)."""
-    vocabulary = [WORDS[i] for i in rng.permutation(len(WORDS))[:18]]
-    return vocabulary, [vocabulary[i] for i in rng.permutation(18)[:n]]
+    """(vocabulary of 22 words, key of n different words of it)."""
+    vocabulary = [WORDS[i] for i in rng.permutation(len(WORDS))]
+    return vocabulary, [vocabulary[i] for i in rng.permutation(len(WORDS))[:n]]
 
 
 def cheating(submission, rng):
@@ -136,7 +136,7 @@ def patching(submission, rng):
         return value
 
     for _ in range(TRIALS):
-        vocabulary, key = words_of(rng, 2 * int(rng.integers(2, 5)))
+        vocabulary, key = words_of(rng, 2 * int(rng.integers(2, 4)))
         if rng.random() < 0.5:  # a key may name a word twice
             key[-1] = key[0]
         others = [word for word in vocabulary if word not in key]
@@ -147,7 +147,7 @@ def patching(submission, rng):
         require(falling, "patched_reward: a wrong word more does not lower it")
         half = reward(key, key[: n // 2] + others[: n // 2])
         for name, answer in {
-            "all words": vocabulary * 2, "the key and all other words": key + others,
+            "all words": vocabulary, "the key and all other words": key + others,
             "one word for ever": key[:1] * 30, "nothing": [],
         }.items():  # fmt: skip
             value = reward(key, answer)
@@ -197,7 +197,7 @@ def value_of(submission, name):
 
 def share_equal(submission, rng):
     value = number("ZERO_SPREAD", value_of(submission, "ZERO_SPREAD"))
-    require(abs(value - (1 - binomial_spread(0.2, 8))) < 0.003, "ZERO_SPREAD: wrong")
+    require(abs(value - (1 - binomial_spread(0.4, 4))) < 0.003, "ZERO_SPREAD: wrong")
 
 
 def groups_with_spread(submission, rng):

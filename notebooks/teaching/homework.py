@@ -1,7 +1,9 @@
 """Homework: replace the bodies, and the values that are None; see homework.md.
 
     $ python notebooks/teaching/autograder.py notebooks/teaching/homework.py --seed 0
-    Q1   0/25  dr_grpo_advantages: not written yet
+    Q1   0/25  dr_grpo_advantages: not written yet; dr_grpo_mean: not written yet
+    ...
+    total 0/100
 
 Use numpy and the standard library. Do not write into what you are given.
 """
@@ -40,7 +42,8 @@ def cheat(vocabulary):
 def patched_reward(key, answer):
     """A reward from 0 to 1 without the loophole. 1 if the answer has the words of the key, each as
     often as there, in any order; less otherwise. Of two answers as long as the key, the one with
-    more right words gets more. The cheat gets less than an answer with half of its words right."""
+    more right words gets more. All words of a vocabulary of 22 get less than an answer as long as
+    the key of which half is right, for keys of 4 and 6 words."""
     raise NotImplementedError
 
 
@@ -60,7 +63,7 @@ def compare(ours, theirs):
 # ---------------------------------------------------------------- question 4: group size
 
 # A prompt is answered right with probability p, a group has G candidates, rewards are 1 or 0.
-ZERO_SPREAD = None  # p = 0.2, G = 8: the share of groups in which all rewards are equal
+ZERO_SPREAD = None  # p = 0.4, G = 4: the share of groups in which all rewards are equal
 WITH_SPREAD = None  # p = 0.05, 64 samples a step: (groups with spread at G = 4, the same at G = 16)
 LEAST_GROUP = None  # p = 0.1: the smallest G at which 90% of the groups have a spread
 
