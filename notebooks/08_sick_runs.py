@@ -16,6 +16,7 @@ import json
 
 import course
 import matplotlib.pyplot as plt
+import torch
 from course import BLUE, GREY, HERE, RED
 from IPython.display import display
 from PIL import Image
@@ -35,7 +36,7 @@ print(f"logs {', '.join(n for n in LOGS if n != 'about')}; {len(healthy)} column
 # | `kl` | exact KL to the base (G10) |
 # | `entropy` | entropy of the policy's choices (G10) |
 # | `zero spread` | share of groups in which all rewards are equal |
-# | `outside` | share of ratios outside 1 ± 0.1, in the first and in the last of the 8 passes |
+# | `outside` | share of ratios outside 1 ± 0.1 in the last of the 8 passes; dotted: in the first |
 # | `largest ratio` | the largest ratio (G4) of the last pass |
 # | `gradient` | norm of the gradient of the last pass, before it is clipped to 1 |
 
@@ -131,6 +132,20 @@ def first_pass_gap(logprobs, old_logprobs, mask):
 course.check(first_pass_gap)
 
 # %% [markdown]
+# > **Predict.** A sampler often computes in bfloat16. How large is the gap to the same log-probs in
+# > float32: 0.0001, 0.01 or 1?
+
+# %%
+gap_of, g = course.use(first_pass_gap), torch.Generator().manual_seed(0)
+logits, valid = 3 * torch.randn(64, 50, generator=g), torch.ones(64, 50, dtype=torch.bool)
+exact, rounded = logits.log_softmax(1), logits.bfloat16().float().log_softmax(1)
+print(f"the same numbers {gap_of(exact, exact, valid):.4f}",
+      f"logits rounded to bfloat16 {gap_of(exact, rounded, valid):.4f}", sep=", ")
+
+# %% [markdown]
+# **Check.** Rounding alone makes a gap of some hundredths, so a check needs a limit, not “equal
+# 0”. (In this repository both sides are float32 and computed from the same states: 0.)
+#
 # The second is an alarm. `train.py` stops a run whose KL is above `--max-kl` five steps on end: a
 # single spike is no reason.
 
@@ -269,9 +284,9 @@ reading("clip", ("largest ratio", "gradient", "outside", "judge"))
 # most. Up to 18% of the tokens are outside, twice as many.
 #
 # Now the honest part: **reward and judge do not show it.** They are noisy and late, and end where
-# the healthy run ends once the learning rate goes down. With three passes over each rollout we saw
-# no difference at all, and with one pass there is none: the ratio is 1. A test of the four corners
-# of the clip (notebook “GRPO by hand”) finds in a millisecond what no curve shows.
+# the healthy run ends once the learning rate goes down. In a trial with three passes over each
+# rollout we saw no difference at all, and with one pass there is none: the ratio is 1. A test of
+# the four corners of the clip (notebook “GRPO by hand”) finds the bug in a millisecond.
 
 # %%
 reading("entropy", ("entropy", "zero spread", "judge", "kl"))
@@ -279,7 +294,7 @@ reading("entropy", ("entropy", "zero spread", "judge", "kl"))
 # %% [markdown]
 # **Entropy: certain, and finished.** Half of the entropy was *added* to the loss where a bonus is
 # subtracted. After 8 steps the policy has a quarter of its entropy left, after 24 less than 2%.
-# All eight candidates of a group are then the same drawing, so groups have no spread (right
+# All eight candidates of a group are then the same drawing, so groups have no spread (second
 # panel: the same symptom as in “no spread”, but it *comes* here and was *there* before), and the
 # advantage is 0: learning has ended. The reward stops with it.
 #
@@ -295,8 +310,9 @@ reading("kl", ("kl", "judge", "reward", "entropy"))
 # **KL weight 0: drift.** The same reward, the same code, but nothing pulls back. The KL grows to
 # 0.38 nats a token, six times that of the healthy run, and wanders. The reward ends a little
 # *higher* than in the healthy run. The judge rises as long as the policy is near the base, and
-# then falls behind, from 0.69 to about 0.6: far from the base, the reward was never trained, and
-# its mistakes are found. A penalty would have kept the policy where the reward can be trusted.
+# then falls behind, from 0.69 to between 0.52 and 0.63: far from the base, the reward was never
+# trained, and its mistakes are found. A penalty would have kept the policy where the reward can
+# be trusted.
 
 # %%
 reading("hacked", ("reward", "judge", "kl", "entropy"))

@@ -79,7 +79,8 @@ CHANGES = {  # run: [(function, its text, the text that takes its place)]
         (train.grpo_step, "c.group_size, chance, c.temperature)",
          f"c.group_size, chance, {OTHER_TEMPERATURE})"),
         (train.grpo_step, "look_back(*seen, c.temperature)  # (N, T)",
-         f"look_back(*seen, c.temperature)\n        old = look_back(*seen, {OTHER_TEMPERATURE})[0]"),
+         "look_back(*seen, c.temperature)\n"
+         f"        old = look_back(*seen, {OTHER_TEMPERATURE})[0]"),
     ],
     "clip": [(grpo.token_objective, "-torch.min(ratio *", "-torch.max(ratio *")],
 }  # fmt: skip

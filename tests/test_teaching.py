@@ -182,7 +182,8 @@ ZOO = {  # a wrong answer: (the part of the points that is left in its question,
     "precision": (5, "def patched_reward(k, a):\n return sum(w in k for w in a) / max(len(a), 1)"),
     "sets": (5, "def patched_reward(k, a):\n return len(set(k) & set(a)) / len(set(k) | set(a))"),
     "a mild fine": (5, "def patched_reward(k, a):\n more = max(len(a) - len(k), 0)\n"
-                       " return max(0, sum((Counter(k) & Counter(a)).values()) / len(k) - more / 99)"),
+                       " shared = sum((Counter(k) & Counter(a)).values())\n"
+                       " return max(0, shared / len(k) - more / 99)"),
     "length only": (5, "def patched_reward(k, a):\n return min(1, len(k) / max(len(a), 1))"),
     "in order": (5, "def patched_reward(k, a):\n"
                     " return sum(x == y for x, y in zip(k, a)) / max(len(k), len(a))"),
