@@ -308,15 +308,6 @@ class Run:
         """Examples of one task as tokens (N, L), on the device."""
         return self.vocab.rows(task, examples, self.codes(examples))
 
-    def candidates(self, model, layout, prompts, generator):
-        """G samples of each of B prompts (B, L) -> (N, L)."""
-        c = self.config
-        how = layout, prompts, c.group_size, generator, c.temperature
-        with self.autocast():
-            if self.device.type == "cuda" and c.compile:
-                return sample_recorded(self.graphs, model, *how)
-            return sample(model, *how)
-
     def policy(self, name=None):
         """The transformer, fresh from the seed, or with the weights of a checkpoint of this run."""
         c = self.config
@@ -816,7 +807,7 @@ def grpo_step(run, policy, reference, reward, step, update):
         rng, layout = run.rng("grpo", step, task, RANK), run.vocab.layout(task, run.device)
         source, examples = grpo_prompts(run, rng, task)  # B prompts
         prompts, chance = run.rows(task, examples), run.generator(rng)
-        tokens = run.candidates(policy, layout, prompts, chance)  # (N, L)
+        tokens = candidates(run, policy, layout, prompts, chance)  # (N, L)
         answers = outputs(layout, tokens, run.vocab, run.codebook)
         rewards, parts = reward(source, task, examples, answers, rng)  # (B, G)
         row |= reward_columns(task, rewards, parts)
@@ -852,6 +843,16 @@ def grpo_step(run, policy, reference, reward, step, update):
             losses["ptx"], row["nll"] = c.ptx_coef * nll, nll.detach()
         row |= update(sum(losses.values()))  # (T1)
     return row
+
+
+def candidates(run, policy, layout, prompts, generator):
+    """G samples of each of B prompts (B, L) -> (N, L)."""
+    c = run.config
+    how = layout, prompts, c.group_size, generator, c.temperature
+    with run.autocast():
+        if run.device.type == "cuda" and c.compile:
+            return sample_recorded(run.graphs, policy, *how)
+        return sample(policy, *how)
 
 
 def grpo_prompts(run, rng, task):

@@ -22,6 +22,9 @@ from IPython.display import display
 from PIL import Image
 
 course.start(minutes=0.2)
+course.map(8)
+
+# %%
 LOGS = json.loads((HERE / "sick_runs.json").read_text(encoding="utf-8"))
 healthy = LOGS["healthy"]
 print(f"logs {', '.join(n for n in LOGS if n != 'about')}; {len(healthy)} columns each")

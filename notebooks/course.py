@@ -66,8 +66,8 @@ PIPELINE = [  # box, what it holds, where its code is, the notebooks about it
     ("base", "next-token training,\nthen a frozen copy", "model.py, train.py", (2, 3)),
     ("samples", "G candidates\nof each prompt", "model.py", (2, 7)),
     ("rewards", "how well each\nfits its prompt", "reward.py", (4, 7)),
-    ("advantages", "each against\nits own group", "grpo.py", (5, 6, 7)),
-    ("update", "clipped ratio,\nKL to the base", "grpo.py, kernels.py", (5, 6, 7, 9)),
+    ("advantages", "each against\nits own group", "grpo.py", (5, 6, 7, 8)),
+    ("update", "clipped ratio,\nKL to the base", "grpo.py, kernels.py", (5, 6, 7, 8, 9)),
     ("results", "a judge that was\nnot trained on", "eval.py", (10,)),
 ]
 

@@ -176,6 +176,28 @@ HINTS = {
         "the rest.",
         "Do this for each prompt first, elementwise, and take the mean over prompts at the end.",
     ),
+    # 08 sick runs
+    "first_pass_gap": (
+        "Only valid tokens count, and a gap can be upwards or downwards.",
+        "Choose the valid tokens of both tensors first, by the mask; whatever stands in the "
+        "padding must not even be subtracted.",
+        "Take the absolute difference of what you have chosen, and its maximum. A maximum of "
+        "nothing is an error, so a mask without a valid token needs its own answer.",
+    ),
+    "alarm": (
+        "Keep a counter of how often on end the limit was passed.",
+        "A value that is not strictly above the limit sets the counter back to 0.",
+        "After each value compare the counter with the patience; the first time they are equal is "
+        "the answer. If the loop ends without it, there was no alarm.",
+    ),
+    "diagnosis": (
+        "Begin with the log in which something does not move at all, and with the one that is "
+        "wrong before the first update.",
+        "Two logs lose their spread: in one of them it was never there. Two have a large KL: ask "
+        "the judge when it falls, and how far.",
+        "What is left has a healthy reward and a healthy judge, and a single panel that reaches "
+        "values which the clip should not allow.",
+    ),
     # 09 kernels
     "logits_bytes": (
         "How many logits are there, and how many numbers are held for each of them?",

@@ -76,8 +76,7 @@ CHANGES = {  # run: [(function, its text, the text that takes its place)]
     "entropy": [(train.policy_loss, "return grpo_loss(new, *before, **objective)", ENTROPY_PAID)],
     # The sampler works at another temperature, and hands over its own log-probs.
     "temperature": [
-        (train.grpo_step, "c.group_size, chance, c.temperature)",
-         f"c.group_size, chance, {OTHER_TEMPERATURE})"),
+        (train.candidates, "generator, c.temperature", f"generator, {OTHER_TEMPERATURE}"),
         (train.grpo_step, "look_back(*seen, c.temperature)  # (N, T)",
          "look_back(*seen, c.temperature)\n"
          f"        old = look_back(*seen, {OTHER_TEMPERATURE})[0]"),

@@ -376,6 +376,49 @@ def best_of_n__linear(p, n):
     return (n * p).clamp(max=1).mean()
 
 
+# ---------------------------------------------------------------- 08 sick runs
+
+
+def first_pass_gap__with_the_padding(logprobs, old_logprobs, mask):
+    return (logprobs - old_logprobs).abs().nan_to_num(posinf=9.0).max()
+
+
+def first_pass_gap__upwards_only(logprobs, old_logprobs, mask):
+    return (logprobs[mask] - old_logprobs[mask]).max() if mask.any() else 0.0
+
+
+def first_pass_gap__masked_after_the_subtraction(logprobs, old_logprobs, mask):
+    return ((logprobs - old_logprobs).abs() * mask).max()
+
+
+def alarm__not_on_end(values, limit, patience):
+    above = [step for step, value in enumerate(values) if value > limit]
+    return above[patience - 1] if len(above) >= patience else None
+
+
+def alarm__at_the_limit_too(values, limit, patience):
+    above = 0
+    for step, value in enumerate(values):
+        above = above + 1 if value >= limit else 0
+        if above == patience:
+            return step
+    return None
+
+
+def alarm__the_step_where_it_began(values, limit, patience):
+    step = right("alarm")(values, limit, patience)
+    return None if step is None else step - patience + 1
+
+
+def diagnosis__two_logs_exchanged():
+    logs = right("diagnosis")()
+    return logs | {"B": logs["C"], "C": logs["B"]}
+
+
+def diagnosis__the_reward_shows_everything():
+    return {letter: (cause, "reward") for letter, (cause, _) in right("diagnosis")().items()}
+
+
 # ---------------------------------------------------------------- 09 kernels
 
 
