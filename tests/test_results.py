@@ -102,6 +102,32 @@ def test_claims_are_judged_by_pairs_of_the_runs_that_are_there(tmp_path):
     assert recompute.recompute(tmp_path)[1] == ["claims.md"]
 
 
+def test_the_committed_tables_come_out_of_the_committed_outcomes(command):
+    done = command("results/recompute.py")
+    assert done.status == 0 and "the committed tables come out of it" in done.out
+
+
+VERDICTS = {"replicated": "**holds**", "direction only": "direction only",
+            "undetermined": "undetermined", "not replicated": "**does not hold**"}  # fmt: skip
+
+
+def test_the_readme_says_what_the_study_found():
+    done = json.loads((ROOT / "results/claims.json").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    number = r"([\d.]*)"
+    line = rf"\| `([\w @]+)` \| {number} \| {number} \| ([+−])([\d.]+) ± ([\d.]+) \| ([\w* ]+) \|"
+    rows = re.findall(line, text)
+    assert len(rows) >= 8
+    found = {c["metric"]: c for c in done["claims"] if c["against"] == "unified"}
+    for metric, ours, theirs, sign, difference, half, verdict in rows:
+        c = found[metric]
+        assert (sign == "+") == (c["difference"] > 0) and verdict == VERDICTS[c["verdict"]]
+        assert difference == f"{abs(c['difference']):.3f}"
+        assert half == f"{c['high'] - c['difference']:.3f}"
+        for shown, method in ((ours, "lvrpo"), (theirs, "unified")):
+            assert not shown or shown == f"{done['methods'][method][metric]['mean']:.3f}"
+
+
 def test_every_method_starts_from_the_base_of_its_seed(tmp_path, monkeypatch):
     started = {}
 
