@@ -2,7 +2,7 @@
 
   group    candidates a prompt: at equal samples, then at equal prompts; and `gradient_noise`
   kl       the weight of the KL penalty
-  reward   the CLIP score, preferences learned from pairs, or both
+  reward   the CLIP score, preferences learned from pairs, the base's likelihoods, and halves of two
 
 Prints a table, mean and 95% interval over seeds (Student's t), and writes NAME.csv and NAME.png.
 Flags of train.py hold for all runs. Given again, the command goes on where it stopped.
@@ -36,11 +36,18 @@ SIZES = ((2, 64), (4, 32), (8, 16), (16, 8), (2, 16), (4, 16), (16, 16))
 ABLATIONS = {  # name: {variant: what it changes}
     "group": {f"{g} x {n} prompts": {"group_size": g, "prompts": n} for g, n in SIZES},
     "kl": {str(k): {"kl_coef": k} for k in (0.0, 0.01, 0.02, 0.05, 0.2)},
-    "reward": {reward: {"reward": reward} for reward in ("rule", "learned", "mix")},
+    "reward": {
+        "rule": {"reward": "rule", "contrast": 0.0},
+        "learned": {"reward": "learned", "contrast": 0.0},
+        "rule, learned": {"reward": "mix", "contrast": 0.0},
+        "contrast": {"reward": "rule", "contrast": 1.0},
+        "rule, contrast": {"reward": "rule", "contrast": 0.5},
+    },
 }
-DEFAULT = {"group_size": 8, "prompts": 16, "kl_coef": 0.02, "reward": "rule", "grpo_steps": 30,
-           "eval_items": 256, "eval_prompts": 24}  # fmt: skip
-FOLDER = "{group_size}x{prompts}-kl{kl_coef}-{reward}-{seed}"  # ablations share equal runs
+DEFAULT = {"group_size": 8, "prompts": 16, "kl_coef": 0.02, "reward": "rule", "contrast": 0.5,
+           "grpo_steps": 30, "eval_items": 256, "eval_prompts": 24}  # fmt: skip
+# Ablations share equal runs.
+FOLDER = "{group_size}x{prompts}-kl{kl_coef}-{reward}-{contrast}-{seed}"
 LOGGED = {"reward": "reward_draw", "KL": "kl_draw", "no spread": "zero_spread_draw"}
 AXES = {  # column: what its axis says
     "reward": "reward of drawings (nats)", "KL": "KL to the base (nats a token)",

@@ -181,7 +181,7 @@ def test_an_ablation_makes_a_table_and_shares_equal_runs(tmp_path, monkeypatch, 
     assert len(rows) == 10 and rows[-1]["variant"] == "0.2" and float(rows[-1]["reward"]) == 6.5
     assert (tmp_path / "kl.png").stat().st_size > 1000
     ablate.ablate("reward", smoke, tmp_path, seeds=2)
-    assert len(folders) == 10 + 4  # the rule's runs are those with a KL coefficient of 0.02
+    assert len(folders) == 10 + 8  # one reward's runs are those with a KL coefficient of 0.02
     for name, change in ablate.ABLATIONS["group"].items():
         assert name == f"{change['group_size']} x {change['prompts']} prompts"
 
@@ -205,10 +205,10 @@ def test_the_mean_of_a_group_takes_noise_out_of_the_gradient(smoke):
 def test_a_tiny_ablation_runs_and_the_second_time_finds_its_runs(smoke, tmp_path):
     flags = "--seeds 1 --grpo-steps 1 --prompts 2 --group-size 2 --eval-items 8 --eval-prompts 2"
     argv = [sys.executable, ROOT / "results/ablate.py", "reward", "--run", smoke, "--out", tmp_path]
-    for started in (3, 0):
+    for started in (5, 0):
         done = subprocess.run([*argv, *flags.split()], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("train.py --out") == started and "mix" in done.stdout
+        assert done.stdout.count("train.py --out") == started and "rule, contrast" in done.stdout
 
 
 def test_the_report_is_one_page_that_needs_no_other_file(smoke, tmp_path, command):
