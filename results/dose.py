@@ -5,7 +5,7 @@ words of their kind. Then lvrpo, and unified twice: with the very same clean ans
 reward knows (as in the study), and without them. From 0.5 on the likeliest answer to a question of
 yes or no is wrong, from 0.75 on that to any. Questions alone: tasks vqa, multihop, text.
 
-Prints a table and writes dose.md. Given again, the command goes on where it stopped.
+Prints a table. Given again, the command goes on where it stopped.
 
     $ python results/dose.py      # two cores: 40 minutes
 """

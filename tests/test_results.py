@@ -3,6 +3,7 @@
 import csv
 import doctest
 import importlib
+import itertools
 import json
 import re
 import shutil
@@ -14,12 +15,14 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+import data
 import eval as evaluation
+import train
 from train import read_log
 
 sys.path.insert(0, str(ROOT / "results"))
-SCRIPTS = "ablate", "claims", "launch", "recompute", "report", "reproduce"
-ablate, claims, launch, recompute, report, reproduce = map(importlib.import_module, SCRIPTS)
+SCRIPTS = "ablate", "claims", "dose", "launch", "recompute", "report", "reproduce"
+ablate, claims, dose, launch, recompute, report, reproduce = map(importlib.import_module, SCRIPTS)
 
 
 def pretend_run(folder, method, seed, right, base=0.25):
@@ -144,6 +147,28 @@ def test_every_method_starts_from_the_base_of_its_seed(tmp_path, monkeypatch):
     done = json.loads((tmp_path / "claims.json").read_text())
     against = dict.fromkeys(row["against"] for row in done["ablations"])
     assert list(against) == sorted(reproduce.ABLATIONS)
+
+
+def test_a_dose_of_noise_is_that_of_its_own_runs_alone(tmp_path, monkeypatch):
+    seen, place = [], [str(tmp_path), 0.4]
+    monkeypatch.setitem(data.NOISE, "answer", data.NOISE["answer"])  # both are put back
+    monkeypatch.setattr(train, "SHOWN", train.SHOWN)
+    monkeypatch.setattr(train, "main", lambda config: seen.append(
+        (config, data.NOISE["answer"], train.SHOWN)))  # fmt: skip
+    for name in dose.METHODS:
+        dose.one(*place, name, 3, "smoke")
+    configs, doses, shown = zip(*seen)
+    assert doses == (0.4,) * 3 and shown == (0.5, 0.5, 0.0)
+    base = str(tmp_path / "lvrpo-0.4-3")
+    assert [c.method for c in configs] == ["lvrpo", "unified", "unified"]
+    assert [c.base for c in configs] == ["", base, base] and configs[0].out == base
+    assert {(c.seed, c.tasks, c.threads) for c in configs} == {(3, "vqa,multihop,text", 1)}
+    for name, d in itertools.product(dose.METHODS, dose.DOSES):
+        pretend_run(tmp_path / f"{name}-{d}-0", "lvrpo", 0, 0.5 + d / 4 * (name == "lvrpo"))
+    dose.one(str(tmp_path), 0.7, "lvrpo", 0, "smoke")  # is finished
+    assert len(seen) == 3
+    row = dose.table(tmp_path, 1).splitlines()[-4]
+    assert row == "| 70% | `vqa` | 0.250 | 0.675 | 0.500 | 0.500 | 0.175 | 0.175 |"
 
 
 def test_a_finished_run_is_kept_and_a_started_one_goes_on(tmp_path, monkeypatch):
