@@ -555,7 +555,7 @@ class Example(NamedTuple):
 
 
 def at_once(example):
-    """A question of two hops as one that is answered without steps; others stay."""
+    """A two-hop question as a `vqa`, answered without steps; any other example unchanged."""
     if example.task != "multihop":
         return example
     return example._replace(task="vqa", answer=example.answer.split(f"{END_THINK} ")[-1])
@@ -1046,7 +1046,7 @@ class Layout:
 
 
 def moved(tensor, device):
-    """A tensor of the CPU on a device, without a wait: a GPU copies it when it comes to it."""
+    """A CPU tensor on a device; the host does not wait for what a GPU still has to do."""
     return tensor.to(device, non_blocking=True)
 
 
@@ -1097,7 +1097,7 @@ class Vocabulary:
         return " ".join(self.words[i] for i in ids if PAD < i < self.n_text)
 
     def rows(self, task, examples, codes):
-        """N examples of one task and the codes (M, P) of all `pictures_of` them, in [0, n_codes)
+        """N examples of one task and the codes (M, P) of `pictures_of(examples)`, in [0, n_codes)
         -> (N, L) int64 on the device of the codes, reference answers included. A missing picture
         is <pad>."""
         layout, lengths = self.layout(task), [len(e.pictures) for e in examples]

@@ -2,12 +2,13 @@
 
 The judge reads a generated picture with plain NumPy: every pixel goes to the nearest colour of the
 palette, what a cell holds of a colour is compared with the outlines of the shapes, and every
-statement of the prompt is checked. On real renders it is always right (a test asserts it). It is no
-reward and chooses no checkpoint; temperatures are chosen on validation prompts, reported on test.
+statement of the prompt is checked. On the generator's own pictures it is always right (a test
+asserts it). It is no reward and chooses no checkpoint; temperatures are chosen on validation
+prompts, reported on test.
 
   (E1) compose   = share of pictures with exactly the objects of the prompt, every statement true
-  (E2) diversity = distinct right pictures / right pictures of a prompt; it falls where more are
-       right, so differ = share of pairs of right pictures that differ, which does not, is beside it
+  (E2) diversity = distinct right pictures / right pictures of a prompt; it falls when more are
+       right; differ = share of pairs of right pictures that differ, which does not
   (E3) interval of a rate: Wilson, 95%         (E4) of a mean: mean +- 1.96 standard errors
   (E5) text NLL  = - sum of log-probs of held-out captions / their tokens, nats a token
   (E6) retrieval: log p(c|x) - log mean_x' p(c|x') by the model as it captions, plus
@@ -138,6 +139,7 @@ class WorldJudge:
     """Right or wrong for the synthetic world, and which kinds of statement failed."""
 
     accuracy = 1.0
+    # The pool behind each metric. Names are older than pools: compose_heldout draws "three".
     pools = {
         "compose": "paired",
         "compose_heldout": "three",
@@ -271,8 +273,11 @@ def cell(values, weights=None):
     if v.dtype == bool:
         centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
         half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)) / (1 + z * z / n)  # (E3)
+    elif n > 1:
+        variance = (w**2 * (v - mean) ** 2).sum() * n / (n - 1)
+        centre, half = mean, z * math.sqrt(variance) / w.sum()  # (E4)
     else:
-        centre, half = mean, z * math.sqrt((w**2 * (v - mean) ** 2).sum()) / w.sum()  # (E4)
+        return {"value": round(mean, 4), "low": None, "high": None, "n": n}
     low, high = round(centre - half, 4), round(centre + half, 4)
     return {"value": round(mean, 4), "low": low, "high": high, "n": n}
 
@@ -350,7 +355,7 @@ def ranked_first(scores, also):
 # ------------------------------------------------ what a model can do
 
 
-ROWS = 512, 8192  # at once: on a CPU, on a GPU
+BATCH = 512, 8192  # rows at once: on a CPU, on a GPU
 
 
 class Evaluator:
@@ -386,9 +391,9 @@ class Evaluator:
             return self.best_outputs(examples, temperature, group, seed)
         device, task, parts = self.model.head.device, examples[0].task, []
         layout, chance = self.vocab.layout(task, device), torch.Generator(device).manual_seed(seed)
-        at_once = max(ROWS[device.type == "cuda"] // group, 1)
-        for start in range(0, len(examples), at_once):
-            some = examples[start : start + at_once]
+        size = max(BATCH[device.type == "cuda"] // group, 1)
+        for start in range(0, len(examples), size):
+            some = examples[start : start + size]
             prompts = self.vocab.rows(task, some, self.codes(some))
             tokens = sample(self.model, layout, prompts, group, chance, temperature)
             parts.append(outputs(layout, tokens, self.vocab, self.codebook))
@@ -438,9 +443,10 @@ def stories(e, pool):
 def caption_logprobs(e, examples, texts):
     """log p(text | picture) of M texts for each of N pictures, (N, M), under the caption task."""
     device, parts = e.model.head.device, []
-    layout, at_once = e.vocab.layout("caption", device), ROWS[device.type == "cuda"] // len(texts)
-    for start in range(0, len(examples), at_once):
-        pictures = examples[start : start + at_once]
+    layout = e.vocab.layout("caption", device)
+    size = max(BATCH[device.type == "cuda"] // len(texts), 1)
+    for start in range(0, len(examples), size):
+        pictures = examples[start : start + size]
         some = [x._replace(answer=text) for x in pictures for text in texts]
         rows = e.vocab.rows("caption", some, e.codes(some))
         states, targets, mask = completion(e.model, layout, rows, len(texts))
@@ -510,8 +516,8 @@ def distance(e, pool="paired", floor=False):
 
 
 def retrieved(e, way, direction="both"):
-    """(blocks,) float: how often is the own one first? way 0: picture -> text, 1: text ->
-    picture."""
+    """(blocks,) float: how often does an item's own partner rank first? way 0: picture -> text, 1:
+    text -> picture."""
     return e.once(retrievals)[direction][way]
 
 
@@ -598,7 +604,7 @@ def measure(e, tasks):
 # ------------------------------------------------ fronts, and a whole evaluation
 
 TEMPERATURES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-COLUMNS = ("", "_heldout", "_pairs")  # of a sweep: metrics of each pool end in this
+POOLS = ("", "_heldout", "_pairs")  # of a sweep: what metrics of each pool end in
 
 
 @torch.no_grad()
@@ -621,9 +627,9 @@ def front(e, pool, prompts=128, group=8, temperatures=TEMPERATURES):
 
 
 def sweep(e, prompts):
-    """The fronts of all pools of COLUMNS that a source has, side by side."""
+    """The fronts of all POOLS that a source has, side by side."""
     rows = [{"temperature": t} for t in TEMPERATURES]
-    for suffix in COLUMNS:
+    for suffix in POOLS:
         if f"compose{suffix}" in e.judge.pools:
             pool = e.judge.pools[f"compose{suffix}"]
             for row, more in zip(rows, front(e, pool, prompts), strict=True):
@@ -669,17 +675,17 @@ def show(number):
 
 def table(result):
     """The numbers of one source as text: base beside aligned, then the fronts."""
-    lines = [f"{'':20}{'base':>26}{'aligned':>26}"]
+    lines = [f"{'':24}{'base':>26}{'aligned':>26}"]
     for group, metrics in METRICS.items():
         for metric in metrics:
             cells = [result[m][group].get(metric) for m in ("base", "aligned")]
             if any(cells):
-                lines.append(f"{metric:20}" + "".join(f"{show(c):>26}" for c in cells))
+                lines.append(f"{metric:24}" + "".join(f"{show(c):>26}" for c in cells))
     if not result["sweep"]:
         return "\n".join(lines)
-    lines.append(f"\n{'quality @ diversity':20}{'base':>26}{'aligned':>26}")
+    lines.append(f"\n{'quality @ diversity':24}{'base':>26}{'aligned':>26}")
     for rows in zip(*(result["sweep"][m] for m in ("base", "aligned"))):
-        line = f"T = {rows[0]['temperature']:<16}"
+        line = f"T = {rows[0]['temperature']:<20}"
         for row in rows:
             points = []
             for pool in ("", "_heldout"):
@@ -755,7 +761,7 @@ def differences(ours, theirs):
     for metric, value in ours.items():
         if metric != "front" and None not in (value, theirs.get(metric)):
             rows[metric] = value - theirs[metric]
-    for column, measure in itertools.product(COLUMNS, ("diversity", "differ")):
+    for column, measure in itertools.product(POOLS, ("diversity", "differ")):
         gap = front_gap(ours["front"], theirs["front"], column, measure)
         rows |= {} if gap is None else {f"compose{column} @ equal {measure}": gap}
     return rows
@@ -807,7 +813,8 @@ def read_result(folder):
         return result
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or repr(error)[:100]
-        way = f"`python train.py --resume --out {folder}` goes on"
+        begun = (Path(folder) / "config.json").is_file()
+        way = f"`python train.py --resume --out {folder}` goes on" if begun else "not a run"
         raise ValueError(f"{path}: {reason}; {way}") from error
 
 
@@ -886,7 +893,8 @@ def ask(
     if task in ("vqa", "multihop") and "?" in vocab.ids and not prompt.endswith("?"):
         prompt += " ?"
     if task != "caption" and not prompt.strip("? "):
-        raise ValueError('an empty prompt; try "a red circle left of a blue square"')
+        words = "a red circle left of a blue square" if task == "draw" else "what is this?"
+        raise ValueError(f'an empty prompt; try "{words}"')
     model = load_model(folder, vocab, codebook, config, name, device)
     picture = np.zeros((SIDE, SIDE, 3), np.uint8) if picture is None else picture
     e = Evaluator(model, vocab, codebook, None, None)
@@ -969,7 +977,9 @@ def main(argv=None):
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed}: expected 0 or more, less than 2**63")
     if not args.run:
-        raise ValueError("say what to do: --run DIR, or --compare DIR DIR ...; see --help")
+        raise ValueError("say which run: --run DIR, or --compare DIR DIR ...; see --help")
+    if args.ask is None and (args.image or args.think):
+        raise ValueError("--image and --think belong to --ask")
     asked = dict(name=args.model, device=pick_device(args.device)[0])
     if args.draw is not None:
         how = dict(temperature=args.temperature, seed=args.seed)

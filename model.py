@@ -364,7 +364,8 @@ def sample(model, layout, prompts, group=1, generator=None, temperature=1.0):
 def sample_recorded(graphs, model, layout, prompts, group, generator, temperature):
     """As `sample`, on a GPU: the first call of a shape records it as a CUDA graph in the dict
     `graphs`, all others replay that: one launch in the place of thousands. `model` must keep its
-    weights where they are, as optimizers do."""
+    weights where they are, as optimizers do. It draws from the seed of the generator, not from its
+    state: hand in a fresh one each time."""
     key = id(model), layout.task, prompts.shape, group, temperature
     if key not in graphs:
         fixed, chance, side = prompts.clone(), torch.Generator(prompts.device), torch.cuda.Stream()

@@ -16,7 +16,7 @@ learned from pairs of which one is preferred; the two can be mixed.
   (R7) r(x, c) = log sigmoid(R(x, c) - anchor), cut at FLOOR                       preference
   (R8) min(r, log SURE)                                                    the reward in use
   (R9) r(x, c) = log [ p(x|c) / sum_{c' in c + edits of c} p(x|c') ]       likelihood contrast:
-       p is the frozen base itself; then as (R8)
+       p is the frozen base itself; cut at FLOOR, then as (R8)
   (R10) r - rarity log n    for a drawing that n of its group share        inverse frequency
 
 Why (R8): among right candidates s and (R3) still differ a little, for no reason that matters, and
@@ -26,7 +26,8 @@ should add up.
 
 Symbols: N pictures, M texts or pairs, P patches, W words, D width of the space, B prompts, G
 group.
-Left out: any pretrained encoder. Both networks learn from the policy's own noisy pairs.
+Left out: any pretrained encoder. CLIP learns from the policy's own noisy pairs, the preference
+model from them and from ranked samples of the base.
 
     $ python train.py --out runs/NAME      # the stage train_clip prints (R5); 1 minute
 """
@@ -420,14 +421,12 @@ def reward_drawing(rewards, source, examples, pictures, rng):
 def reward_story(rewards, source, examples, pictures, rng):
     """The mean over its frames: does each show all that was said up to it? pictures (N, 3, S, S,
     3)."""
-    group, frames = len(pictures) // len(examples), pictures.shape[1]
-    total = {}
+    frames, total = pictures.shape[1], {}
     for k in range(frames):
         texts = [e.truth.captions[k].text() for e in examples]
         negatives = [source.negatives(rng, text, DRAWING_EDITS) for text in texts]
         for name, value in rewards.match(pictures[:, k], texts, negatives).items():
             total[name] = total.get(name, 0) + value / frames
-    assert all(len(value) == group * len(examples) for value in total.values())
     return total
 
 
@@ -467,7 +466,8 @@ REWARDS = {
 
 
 class Rewards:
-    """The rewards of every task, and how much each part of them counts (MIXES)."""
+    """The rewards of every task, and how much each part counts: MIXES, in drawings also contrast
+    and rarity."""
 
     def __init__(self, clip, vocab, preference=None, weights=MIXES["rule"], base=None,
                  codebook=None, contrast=0.0, rarity=0.0):
@@ -480,7 +480,7 @@ class Rewards:
         if task != "draw":
             return self.weights
         kept = {name: (1 - self.contrast) * self.weights[name] for name in self.scorers}
-        return kept | {"contrast": self.contrast, "rarity": self.rarity}
+        return self.weights | kept | {"contrast": self.contrast, "rarity": self.rarity}
 
     def match(self, pictures, texts, edits):
         """{scorer: (N,) on the CPU}: how well N pictures fit M texts, N / M consecutive ones

@@ -12,14 +12,14 @@
      rejection, dpo       the same samples and rewards, without a policy gradient
      best_of_n            nothing: the reward chooses among 8 when asked
      unified, clip, beit  for the same seconds: next tokens; a contrastive, a masked-code loss
-     sft                  for the same seconds: next tokens, clean answers to GRPO's questions
+     sft                  for the same seconds: next tokens, clean answers to more such questions
   evaluate          nothing                           test scenes                  eval.json
 
   (T1) L = sum_task weight_task * L_grpo(task) + ptx_coef * L_nexttoken      (as in PPO-ptx)
   (T2) L_nexttoken = - sum_t w_t logprob_t / sum_t w_t,  w_t = TOKEN_WEIGHT of its task
 
-`grpo_step` is the method. All chance in step k of a stage comes from
-Random(f"{seed}/{stage}/{k}"), so a resumed run needs weights, optimizer state and k, and then
+`grpo_step` is the method. All chance in a step comes from a Random that is named by seed, stage,
+step, task and process, so a resumed run needs weights, optimizer state and the step, and then
 equals an uninterrupted one.
 
     $ python train.py                      # two-core CPU: the `cpu` preset, 5 minutes
@@ -116,14 +116,14 @@ class Config:
     heads: int = option("policy", 4, "attention heads")
     pretrain_steps: int = option("pre-training", 1000, "next-token steps of the base")
     batch: int = option("pre-training", 64, "rows a step")
-    lr: float = option("pre-training", 4e-3, "peak learning rate: 30 steps up, at the end 40% down")
+    lr: float = option("pre-training", 4e-3, "peak; 30 steps of warm-up, decay in the last 40%")
     extra_steps: int = option("pre-training", 0, "of next-token methods; 0: what fits the seconds")
     clip_steps: int = option("reward", 400, "of the reward's CLIP; two fifths for the second one")
     clip_batch: int = option("reward", 64, "pairs a step")
     clip_width: int = option("reward", 64, "of the encoders")
-    reward: str = option("reward", "rule", "CLIP score, preferences or both", tuple(MIXES))
-    contrast: float = option("reward", 0.5, "share of the base's likelihoods in that of drawings")
-    rarity: float = option("reward", 0.3, "what a drawing loses that others of its group share")
+    reward: str = option("reward", "rule", "CLIP score, learned preferences, both", tuple(MIXES))
+    contrast: float = option("reward", 0.5, "share of the base's likelihood contrast, in drawings")
+    rarity: float = option("reward", 0.3, "a drawing that n of its group share loses this x log n")
     preference_steps: int = option("reward", 500, "of the preference model")
     grpo_steps: int = option("GRPO", 60, "each samples, rewards and learns")
     prompts: int = option("GRPO", 16, "prompts to draw a step; of other tasks see GRPO_TASKS")
@@ -224,6 +224,7 @@ def make_config(**given):
     checks += [
         (c.group_size > 1, "group_size", "at least 2"),
         (c.clip_low < 1, "clip_low", "less than 1"),
+        (c.contrast <= 1, "contrast", "at most 1"),
         (c.width % (2 * c.heads) == 0, "width", f"a multiple of 2 x heads = {2 * c.heads}"),
         (c.clip_width % 8 == 0, "clip_width", "a multiple of 8"),
         (c.seed < 2**63, "seed", "less than 2**63"),
@@ -565,8 +566,8 @@ def fit_codebook(run):
 
 def pretraining_examples(run, rng, n, method="pretrain", also=None):
     """n examples by TASK_MIX: {task: [(example, is its prompt dropped?)]}. also: `prompts_shown`,
-    which take the place of every other row of their task. sft, a control, has clean answers to
-    questions as GRPO's in all rows that ask."""
+    which replace a random share SHOWN of the rows of their task that are no pair. sft, a control,
+    has clean answers to questions like GRPO's in all rows that ask."""
     by_task, also = {}, also or {}
     for _ in range(n):
         source = rng.choice(run.sources)
@@ -586,10 +587,10 @@ def pretraining_examples(run, rng, n, method="pretrain", also=None):
 
 
 def prompts_shown(run):
-    """What all steps of GRPO will see of the data, in the form that next tokens can learn it:
-    {task: examples}. The texts to draw, without a picture; the pictures to describe, without a
-    text; and the questions with their answers. Those of two hops are answered at once, as vqa: in
-    the place of thoughts, bare answers do harm."""
+    """The prompts that GRPO with this configuration takes, stories apart, as next tokens can learn
+    them: {task: examples}. The texts to draw, without a picture; the pictures to describe, without
+    a text; and the questions with their answers. Those of two hops are answered at once, as vqa: in
+    the place of thoughts, bare answers were no better (results/choices.md)."""
     shown = defaultdict(list)
     for step, task in itertools.product(range(run.config.grpo_steps), GRPO_TASKS):
         if not run.sources_of(task):
@@ -635,8 +636,8 @@ NEXT_TOKEN = (*BASELINES, "sft")  # methods that go on with pre-training's loss
 
 def next_token_step(run, model, stage, method="pretrain"):
     """step_of for fit: (T2) of one batch, and a baseline's objective on its pictures with texts."""
-
     also = prompts_shown(run) if method in BASELINES else {}
+    shown = {id(example) for some in also.values() for example in some}
 
     def step_of(step, update):
         """One batch of rows."""
@@ -650,8 +651,8 @@ def next_token_step(run, model, stage, method="pretrain"):
             with run.autocast():
                 objective = OBJECTIVES[method](model, run.vocab, paired, run.codes(paired))
             loss = loss + OBJECTIVE_WEIGHT * objective
-        labels = sum(len(by_task.get(task, ())) for task in ANSWERED)
-        labels *= {"sft": 1.0}.get(method, SHOWN if also else 0.0)
+        asked = [example for task in ANSWERED for example, _ in by_task.get(task, ())]
+        labels = sum(method == "sft" or id(example) in shown for example in asked)
         return update(loss) | {"tokens": tokens, "labels": labels}
 
     return step_of
@@ -839,8 +840,9 @@ def grpo_step(run, policy, reference, reward, step, update):
             row |= {f"{name}_{r.task}": value for name, value in metrics.items()}
         if c.ptx_coef:
             by_task = pretraining_examples(run, run.rng("grpo", step, "ptx", RANK), c.ptx_batch)
-            nll, _ = next_token_loss(run, policy, by_task)
+            nll, tokens = next_token_loss(run, policy, by_task)
             losses["ptx"], row["nll"] = c.ptx_coef * nll, nll.detach()
+            row["tokens"] = row["tokens"] + tokens
         row |= update(sum(losses.values()))  # (T1)
     return row
 
@@ -871,7 +873,7 @@ def reward_columns(task, rewards, parts):
 
 def most_informative(run, task, tokens, rewards, parts):
     """The prompts whose rewards have the widest spread, as many as GRPO_TASKS keeps: a group of
-    equal candidates teaches nothing (DAPO's dynamic sampling, arXiv:2503.14476)."""
+    equal candidates teaches nothing. (After DAPO, arXiv:2503.14476, which samples on instead.)"""
     keep = max(round(run.config.prompts * GRPO_TASKS[task][2]), 1)
     spread = rewards.amax(1) - rewards.amin(1)
     best = spread.topk(min(keep, len(spread))).indices.sort().values
@@ -880,8 +882,8 @@ def most_informative(run, task, tokens, rewards, parts):
 
 
 def advantages_of(c, rewards, parts, weights):
-    """(N,) advantages by --advantage and --scale; not finite, for a skipped step, if a reward is
-    not."""
+    """(N,) advantages by --advantage, and for mean by --scale; not finite, for a skipped step, if a
+    reward is not."""
     if not rewards.isfinite().all():
         return torch.full_like(rewards, math.nan).flatten()
     if c.advantage == "mean":
@@ -928,8 +930,8 @@ def align(run):
 
 def fitting_steps(run):
     """How many steps of a next-token method fit the seconds that rewards and alignment took in
-    the base run, by how much slower than a plain step one is here and now: medians of a few, in
-    turns."""
+    the base run: by that run's own seconds a step, times how much slower a step of this method is,
+    measured here and now in turns."""
     c, policy, seconds = run.config, run.policy("base"), defaultdict(list)
     update, methods = Updater("timing", policy, 0.0), ("unified", c.method)
     steps_of = {method: next_token_step(run, policy, "timing", method) for method in methods}
@@ -1030,6 +1032,8 @@ def evaluate(run):
         clip = evaluation.load_clip(run.folder, "clip_report", run.vocab, vars(c), run.device)
     models = {name: run.policy(name).eval() for name in ("base", "aligned")}
     rewards = {"base": None, "aligned": run.rewards(c.reward) if c.method == "best_of_n" else None}
+    if rewards["aligned"]:
+        rewards["aligned"].rarity = 0.0  # the best is wanted, not the odd one out
     known = base_measured(c)
     for source in run.sources:
         measured = {"base": known[source.name]} if known else {}
@@ -1056,8 +1060,8 @@ def evaluate(run):
 
 
 def base_measured(c):
-    """{source: what evaluation.evaluate gave for the base} by the run of --base, if the same
-    commit measured it on the same scenes; else {}."""
+    """{source: what `evaluation.evaluate` gave for the base} from the run --base, if this commit
+    evaluated it on the same scenes; else {}."""
     base, commit, measured = Path(c.base), commit_of_code(), {}
     if not c.base or not all((base / name).is_file() for name in ("eval.json", "items.json")):
         return {}
@@ -1115,16 +1119,24 @@ MEASURED_ALIKE = ("seed", "data", "tasks", "eval_items", "eval_prompts")
 INHERITED = ("data", "tasks", "patch", "jitter", "width", "layers", "heads", "clip_width")
 
 
-def take_over(c):
-    """Copy what --base has trained into --out."""
-    base, folder = Path(c.base), Path(c.out)
+def check_base(c):
+    """The config of the run --base; ValueError where its policy cannot be aligned as configured."""
+    base = Path(c.base)
     theirs = evaluation.load_run(base)[0]
     for name in INHERITED:
         if theirs[name] != getattr(c, name):
             raise ValueError(f"--base {base} has {name} {theirs[name]}, not {getattr(c, name)}")
-    timed = c.method not in NEXT_TOKEN or c.extra_steps or "align" in stage_seconds(base)
-    if not (timed and (base / "base.safetensors").is_file()):
-        raise ValueError(f"--base {base} is not finished; or give --extra-steps")
+    if not (base / "base.safetensors").is_file():
+        raise ValueError(f"--base {base} has no base.safetensors: it is not finished")
+    timed = "align" in stage_seconds(base)
+    if c.method in NEXT_TOKEN and not (timed or c.extra_steps):
+        raise ValueError(f"--base {base} has no timing of an alignment; give --extra-steps")
+    return theirs
+
+
+def take_over(c, theirs):
+    """Copy what --base, whose config is `theirs`, has trained into --out."""
+    base, folder = Path(c.base), Path(c.out)
     names = ["tokenizer.json", "reward_validity.json"]
     names += [f"{name}.safetensors" for name in ("codebook", "base", "clip", "clip_report")]
     if theirs["preference_steps"] == c.preference_steps:
@@ -1227,13 +1239,15 @@ def main(config):
         raise ValueError(f"{folder} holds no run to resume; leave --resume out")
     if c.method in NEXT_TOKEN and not (c.base or c.extra_steps):
         raise ValueError(f"--method {c.method} needs --base RUN, or --extra-steps")
+    new = not saved.exists()
+    theirs = check_base(c) if c.base and new else None
     run = Run(c)
     print(run.reason)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder), stopped_by_signals(run):
-        if not saved.exists():
-            if c.base:
-                take_over(c)
+        if theirs:
+            take_over(c, theirs)
+        if new:
             write_config(run)
         run_stages(run)
     return folder

@@ -93,7 +93,7 @@ CASES = [  # command, what its line says, and a file with what happens to it, se
     (ASK + "{top}/run", "run: cannot be read as a picture .*Is a directory"),
     (RUN + "--ask 'is it ?'", "needs --image"), (RUN + "--ask '' --image " + SAMPLE, "an empty"),
     *((RUN, "eval.json: .*--resume --out", "run/eval.json", how) for how in (100, b"{}", None)),
-    (RUN + "--json {top}", "Is a directory"), ("eval.py", "what to do: --run"),
+    (RUN + "--json {top}", "Is a directory"), ("eval.py", "which run: --run"),
     *((f"eval.py --{x}" + " {top}/none", "none/eval.json: ") for x in ("run", "compare {top}/run")),
     ("eval.py --compare {top}/run {top}/run", "lvrpo with seed 0 is given twice"),
 ]  # fmt: skip

@@ -136,8 +136,9 @@ def test_the_judge_of_clothes_learns_from_real_pictures_and_disturbs_no_other_ch
 @pytest.mark.parametrize("values, weights, expected", [  # value, low, high, n
     (np.arange(20) < 0, None, (0, 0, 0.1611, 20)), (np.arange(20) < 20, None, (1, 0.8389, 1, 20)),
     (np.arange(10) < 8, None, (0.8, 0.4902, 0.9433, 10)), (0.125, None, (0.125, None, None, 1)),
-    (np.array([1.0, 2, 3, 4]), None, (2.5, 1.4043, 3.5957, 4)),  # 1.96 sqrt(5) / 4 = 1.0957
-    (np.array([1.0, 4.0]), [3, 1], (1.75, 0.1908, 3.3092, 2)),  # 1.96 sqrt(10.125) / 4 = 1.5592
+    (np.array([1.0, 2, 3, 4]), None, (2.5, 1.2348, 3.7652, 4)),  # 1.96 sqrt(5 * 4/3) / 4
+    (np.array([1.0, 4.0]), [3, 1], (1.75, -0.455, 3.955, 2)),  # 1.96 sqrt(10.125 * 2) / 4
+    (np.array([0.25]), None, (0.25, None, None, 1)),
     (math.nan, None, (None, None, None, 1)),
 ])  # fmt: skip
 def test_a_cell_has_the_interval_of_a_hand_calculation(values, weights, expected):
@@ -211,7 +212,7 @@ def test_outputs_are_the_samples_of_the_model_whatever_the_batch(
     rows = vocab.rows(task, examples, e.codes(examples))
     plain = evaluation.outputs(layout, sample(model, layout, rows, temperature=0), vocab, codebook)
     for size in (2, 512):
-        monkeypatch.setattr(evaluation, "ROWS", (size, size))
+        monkeypatch.setattr(evaluation, "BATCH", (size, size))
         assert np.array_equal(e.outputs(examples, 0.0), plain)
     one, same, other = (e.outputs(examples, group=2, seed=seed) for seed in (1, 1, 2))
     assert len(one) == 12 and np.array_equal(one, same) and not np.array_equal(one, other)
@@ -239,7 +240,7 @@ def logprobs(e, task, example):
 
 def test_likelihoods_of_texts_are_those_of_a_loop_over_tokens(of, monkeypatch):
     e, examples = of(n=7), WORLD.hard_negatives(random.Random(0), 5)
-    monkeypatch.setattr(evaluation, "ROWS", (12, 12))  # two pictures with five texts at a time
+    monkeypatch.setattr(evaluation, "BATCH", (12, 12))  # two pictures with five texts at a time
     found = evaluation.caption_logprobs(e, examples, [x.answer for x in examples])
     for i, j in itertools.product(range(5), repeat=2):
         one = logprobs(e, "caption", examples[i]._replace(answer=examples[j].answer))
@@ -293,7 +294,7 @@ def test_a_whole_evaluation_has_fronts_and_a_temperature_chosen_on_other_prompts
     result = evaluation.merged({"base": measured, "aligned": measured}, 1.0)
     for row, t in zip(result["sweep"]["base"], evaluation.TEMPERATURES, strict=True):
         assert row["temperature"] == t
-        for suffix in evaluation.COLUMNS:
+        for suffix in evaluation.POOLS:
             values = [row[k + suffix] for k in ("compose", "diversity", "differ")]
             assert values == [1.0, 0.125, 0.0] and 0 < row[f"clip_score{suffix}"] <= 1
             assert row[f"frechet{suffix}"] == pytest.approx(0, abs=0.5)

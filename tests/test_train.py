@@ -38,7 +38,7 @@ def run_like(smoke, folder, **changes):
     """A Run in a folder with all that the smoke run had when its alignment began."""
     run = train.Run(make_config(**TINY | changes, base=str(smoke), out=str(folder)))
     folder.mkdir()
-    train.take_over(run.config)
+    train.take_over(run.config, train.check_base(run.config))
     train.write_config(run)
     run.load_tokens()
     return run
