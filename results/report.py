@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -105,21 +106,25 @@ def health(log, validity):
 
 # ---------------------------------------------------------------- curves
 
-Panel = namedtuple("Panel", "title unit stages prefixes log", defaults=(False,))
+Panel = namedtuple("Panel", "title unit stages prefixes log zero", defaults=(False, ""))
 NETWORKS, ALIGN = ("clip", "clip_report", "preference"), ("align",)
 PANELS = (
     Panel("next-token loss", "nats a token", ("pretrain", "align"), ("loss", "nll"), True),
     Panel("loss of the reward's networks", "nats a pair", NETWORKS, ("loss",), True),
     Panel("the reward's networks, in training", "share right", NETWORKS, ("r1", "accuracy")),
     Panel("reward of pictures and captions", "nats", ALIGN, ("reward_d", "reward_c", "reward_s")),
-    Panel("reward of answers", "key 1, form 0.2", ALIGN, ("reward_v", "reward_m")),
-    Panel("judge, validation prompts", "share", ALIGN, ("val_",)),
-    Panel("groups of equal rewards", "share", ALIGN, ("zero_spread_",)),
-    Panel("exact KL to the base", "nats a token", ALIGN, ("kl_",)),
-    Panel("entropy", "nats a token", ALIGN, ("entropy_",)),
-    Panel("ratios outside the clip range", "share", ALIGN, ("clip_low_", "clip_high_")),
-    Panel("gradient before clipping", "norm", ALIGN, ("grad_norm",), True),
-)
+    Panel("reward of answers", "points: key 1, form 0.2", ALIGN, ("reward_v", "reward_m")),
+    Panel("judge, validation prompts", "share right, share distinct", ALIGN, ("val_",)),
+    Panel("groups of equal rewards", "share of groups", ALIGN, ("zero_spread_",),
+          zero="every group had different rewards"),
+    Panel("exact KL to the base", "nats a token", ALIGN, ("kl_",),
+          zero="the policy never left the base: is anything learned?"),
+    Panel("entropy", "nats a token", ALIGN, ("entropy_",), zero="every choice was certain"),
+    Panel("ratios outside the clip range", "share of tokens", ALIGN, ("clip_low_", "clip_high_"),
+          zero="with one pass over each rollout every ratio is 1"),
+    Panel("gradient before clipping", "norm", ALIGN, ("grad_norm",), True,
+          zero="no gradient: nothing was learned"),
+)  # fmt: skip
 
 
 def lines_of(log, panel):
@@ -138,6 +143,14 @@ def lines_of(log, panel):
     return lines
 
 
+def all_zero(log, panel):
+    """Whether a panel's columns have values, and all of them are 0."""
+    rows = [row for row in log if row["stage"] in panel.stages]
+    columns = [c for c in (rows[0] if rows else ()) if c.startswith(panel.prefixes)]
+    values = [value for column in columns for value in values_of(rows, column)]
+    return bool(values) and not any(values)
+
+
 def figure_of(n, columns):
     """A figure and its n axes."""
     rows = -(-n // columns)
@@ -145,16 +158,34 @@ def figure_of(n, columns):
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(n)]
 
 
+class Plain(LogFormatter):
+    """Labels of a logarithmic axis as 0.3 and 20, not as powers of ten."""
+
+    def __call__(self, x, pos=None):
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def curves(log, path):
-    """One panel a question, where the run has something to show; no file where it has nothing."""
-    panels = [(panel, lines) for panel in PANELS if (lines := lines_of(log, panel))]
+    """One panel a question, where the run has something to show; no file where it has nothing. In
+    place of curves that are flat at 0 a panel says what that means."""
+    panels = [(panel, lines_of(log, panel)) for panel in PANELS]
+    panels = [(panel, lines) for panel, lines in panels if lines or all_zero(log, panel)]
     figure, axes = figure_of(len(panels), 3)
     for ax, (panel, lines) in zip(axes, panels):
+        stage = "alignment" if panel.stages == ALIGN else "its stage"
+        ax.set(title=panel.title, xlabel=f"step of {stage}", ylabel=panel.unit)
         for label, steps, values in lines:
             ax.plot(steps, values, label=label, marker="o" if len(steps) < 12 else None)
-        ax.set(title=panel.title, xlabel="step", ylabel=panel.unit)
-        ax.set_yscale("log" if panel.log else "linear")
-        ax.legend(fontsize=7)
+        if lines:
+            ax.set_yscale("log" if panel.log else "linear")
+            ax.legend(fontsize=7)
+        else:
+            words = f"0 at all steps:\n{panel.zero or 'nothing was measured'}"
+            ax.text(0.5, 0.5, words, ha="center", va="center", transform=ax.transAxes)
+            ax.set(xticks=(), yticks=())
+        if lines and panel.log:
+            ax.yaxis.set_major_formatter(Plain())
+            ax.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
     if panels:
         figure.savefig(path, dpi=80)
 

@@ -259,7 +259,9 @@ def test_panels_have_something_to_show(smoke):
     assert lines["exact KL to the base"] == ["kl_draw", "kl_caption", "kl_vqa", "kl_multihop"]
     panel = next(panel for panel in report.PANELS if "clip range" in panel.title)
     zero = [{"stage": "align", "step": "0", "clip_low_draw": "0", "clip_high_draw": "0"}]
-    assert report.lines_of(zero, panel) == []
+    assert report.lines_of(zero, panel) == [] and report.all_zero(zero, panel) and panel.zero
+    assert not any(report.all_zero(log, p) and report.lines_of(log, p) for p in report.PANELS)
+    assert all(panel.unit for panel in report.PANELS)
     assert all(panel.log for panel in report.PANELS if "loss" in panel.title)
 
 
