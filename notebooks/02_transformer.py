@@ -1,11 +1,11 @@
 # %% [markdown]
 # # 02 · One transformer for words and pictures
 #
-# **You will see** that the future never leaks into the past, that rotary positions only matter by
-# their distance, why a cache makes drawing long pictures cheap, and how a token is sampled so that
-# what is sampled is what will be scored.
+# **You will see** that the future never leaks into the past, that with rotary positions only
+# distances matter, why a cache makes it cheap to draw long pictures, and how a token is sampled so
+# that what is sampled is what will be scored.
 #
-# From `model.py`. No training: all of this must hold for any weights.
+# From `model.py`. Nothing is trained: all of this must hold for any weights.
 
 # %%
 import random
@@ -88,11 +88,10 @@ for title, x in maps.items():
     print(f"{title:36} states moved before the change: {before}, after it: {after}")
 
 # %% [markdown]
-# **Check.** Never anything below the diagonal: a state cannot know what comes after it, which is
-# what makes one pass over a row a fair examination of every column at once. The surprise is on the
-# left: the two matrices that write into the residual stream start at zero, so a fresh model does
-# not mix columns *at all*. (So a test of causality on a fresh model cannot fail, and is worth
-# nothing.)
+# **Check.** There is nothing below the diagonal: a state cannot know what comes after it, so one
+# pass over a row is a fair test of every column at once. The surprise is on the left: the two
+# matrices that write into the residual stream start at zero, so a fresh model does not mix columns
+# *at all*. (So a test of causality on a fresh model cannot fail, and is worth nothing.)
 
 # %%
 def causal_attention(q, k, v):
@@ -127,8 +126,8 @@ print(f"largest standard deviation along a diagonal: {spread:.1e}")
 
 # %% [markdown]
 # **Check.** Stripes: the product depends on how far apart the two are, not on where they are. For
-# pictures that is not enough (which patch is *above* which?), so the columns of a picture also get
-# a learned vector for the patch's row and one for its column.
+# pictures that is not enough (which patch is *above* which?), so each patch also gets a learned
+# vector for its row and one for its column.
 #
 # ## The cache
 #
@@ -196,10 +195,10 @@ plt.show()
 print("share of tokens that are equal, from the same noise:", *(f"{x:.1%}" for x in equal))
 
 # %% [markdown]
-# **Check.** Without a cache every token reads the whole row again, so the lines part as pictures
-# get longer. Both draw the same pictures from the same noise, and a test of this repository says
-# so for every task. The prompt is also read only once for all candidates of a group, which is what
-# makes groups cheap.
+# **Check.** Without a cache the whole row is read again for every token, so the lines move apart as
+# pictures get longer. Both draw the same pictures from the same noise, and a test of this
+# repository checks that for every task. The prompt is also read only once for all candidates of a
+# group, which is what makes groups cheap.
 #
 # ## What is sampled is what is scored
 #
@@ -219,7 +218,7 @@ course.check(allowed_probs)
 
 # %% [markdown]
 # How does one draw from p? (M6): divide every p by a fresh exponential random number and take the
-# largest. All chance is in the noise, so *two models can be given the same noise* and their
+# largest. All the randomness is in the noise, so *two models can be given the same noise* and their
 # drawings compared one by one.
 #
 # > **Predict.** p = 0.5, 0.3, 0.15, 0.05. How often does each win in 20,000 such races?
@@ -237,8 +236,9 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# **Check.** Each id wins exactly with its probability: e/p is exponential with rate p, and of
-# several exponential clocks, number i rings first with a chance in proportion to its rate.
+# **Check.** Each id wins exactly with its probability: if e is the exponential number, e/p is
+# exponential with rate p, and of several exponential clocks each rings first with a probability in
+# proportion to its rate.
 #
 # ## The check cell
 

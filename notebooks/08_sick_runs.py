@@ -7,7 +7,7 @@
 #
 # The logs were measured by `python notebooks/sick_runs.py`, which changes one thing at a time in
 # `train.py`, `grpo.py` or the reward. That file names the causes: open it afterwards. All runs
-# have the base of notebook “Aligning a model”, 40 rollouts of 32 prompts × 8 drawings, and 8
+# start from the base of notebook “Aligning a model”: 40 rollouts of 32 prompts × 8 drawings, and 8
 # passes over each rollout. Nothing is trained here.
 
 # %%
@@ -114,7 +114,7 @@ def panels(names, logs, title, columns=4):
 panels(PANELS, {"healthy": (healthy, BLUE)}, "the healthy run")
 
 # %% [markdown]
-# Learn the healthy run first. The reward and the judge rise *together*. KL and entropy stay near
+# Study the healthy run first. The reward and the judge rise *together*. KL and entropy stay near
 # where they were. From 3% to almost half of the groups have no spread: as drawings get better,
 # more groups are all right. In the **first** pass over a rollout nothing is outside the clip range
 # (dotted, at 0): the policy has not moved since it sampled, and all ratios are exactly 1. In the
@@ -122,7 +122,7 @@ panels(PANELS, {"healthy": (healthy, BLUE)}, "the healthy run")
 #
 # ## Two checks that every trainer should have
 #
-# The first one costs nothing: before the first update after sampling, the ratio must be 1.
+# The first costs nothing: before the first update after sampling, the ratio must be 1.
 
 # %%
 def first_pass_gap(logprobs, old_logprobs, mask):
@@ -146,11 +146,11 @@ print(f"the same numbers {gap_of(exact, exact, valid):.4f}",
       f"logits rounded to bfloat16 {gap_of(exact, rounded, valid):.4f}", sep=", ")
 
 # %% [markdown]
-# **Check.** Rounding alone makes a gap of some hundredths, so a check needs a limit, not “equal
-# 0”. (In this repository both sides are float32 and computed from the same states: 0.)
+# **Check.** Rounding alone makes a gap of a few hundredths, so the check needs a tolerance, not
+# “equal to 0”. (In this repository both sides are float32 and computed from the same states: 0.)
 #
-# The second is an alarm. `train.py` stops a run whose KL is above `--max-kl` five steps on end: a
-# single spike is no reason.
+# The second is an alarm. `train.py` stops a run whose KL is above `--max-kl` for five steps in a
+# row: a single spike is no reason to stop.
 
 # %%
 def alarm(values, limit, patience):
@@ -162,8 +162,8 @@ def alarm(values, limit, patience):
 course.check(alarm)
 
 # %% [markdown]
-# > **Predict.** Limits are set from the healthy run: half as much again as its largest value. For
-# > which panels will most of the six logs raise an alarm? For which none?
+# > **Predict.** Limits are set from the healthy run: half as much again as its largest value. In
+# > which panels will most of the six logs raise an alarm? In which will none?
 
 # %%
 first_alarm, signs = course.use(alarm), {"entropy": -1, "judge": -1}
@@ -222,8 +222,8 @@ look_at("F")
 # | `clip` | `max` stands where the clipped objective (G7) has `min` |
 # | `hacked` | the reward can be raised without doing what the prompt asks |
 #
-# Each cause has one log. The panel is the one that tells it from the other five: where two would
-# do, either is accepted.
+# Each cause has one log. Name the panel that tells it from the other five: where two would do,
+# either is accepted.
 
 # %%
 def diagnosis():
@@ -252,11 +252,11 @@ def reading(cause, names):
 reading("no spread", ("zero spread", "gradient", "kl", "reward"))
 
 # %% [markdown]
-# **No spread: nothing happens, for ever.** Every candidate was given the mean reward of its group,
+# **No spread: nothing ever happens.** Every candidate was given the mean reward of its group,
 # as happens when a reward looks at the prompt only, or when a rule never fires. The advantage is
 # r − mean = 0 for all, the loss has no gradient, and the KL penalty has none at the reference
 # either. So the policy stays the base to the last bit: KL 0, gradient 0, ratios 1. The reward
-# still goes up and down, since every step has other prompts: do not take that for learning. The
+# still goes up and down, since every step has other prompts: do not mistake that for learning. The
 # run looks *calm*. A calm KL panel is a warning.
 
 # %%
@@ -265,9 +265,9 @@ reading("temperature", ("outside", "entropy", "judge", "reward"))
 # %% [markdown]
 # **Temperature: the first pass gives it away.** The sampler drew at temperature 1.5 and handed
 # over its own log-probs; the loss scored the same tokens at 1. The ratio compares two different
-# distributions, so that a third to a half of it is outside the clip range *before any update*
+# distributions, so a third to a half of the tokens are outside the clip range *before any update*
 # (dotted line), where a healthy run has exactly 0. No other cause does that, and exercise 1 finds
-# it in the first step. The mean ratio tells nothing: it is 0.97 to 1.00, since the ratio's
+# it in the first step. The mean ratio tells you nothing: it is 0.97 to 1.00, since the ratio's
 # expectation under the sampler is 1 whatever the two temperatures are.
 #
 # Why do entropy and KL grow? (G7) suggests it. Tokens that are likely at 1 have a ratio above 1
@@ -281,30 +281,30 @@ reading("clip", ("largest ratio", "gradient", "outside", "judge"))
 
 # %% [markdown]
 # **Clip: the brake is an accelerator.** With `max`, a good token that is already 1.1 times as
-# likely is pushed on and on, and one that became rarer by mistake gets no gradient. From the first
-# rollout the gradient of the last pass is four times the healthy one (0.65 against 0.15), because
-# the clip no longer takes tokens out. Single ratios reach 150, where the healthy run has 6 at
-# most. Up to 18% of the tokens are outside, twice as many.
+# likely is pushed further and further, and one that became rarer by mistake gets no gradient. From
+# the first rollout on, the gradient of the last pass is four times the healthy one (0.65 against
+# 0.15), because the clip no longer takes tokens out. Single ratios reach 150, where the healthy run
+# has 6 at most. Up to 18% of the tokens are outside, twice as many.
 #
-# Now the honest part: **reward and judge do not show it.** They are noisy and late, and end where
-# the healthy run ends once the learning rate goes down. In a trial with three passes over each
-# rollout we saw no difference at all, and with one pass there is none: the ratio is 1. A test of
-# the four corners of the clip (notebook “GRPO by hand”) finds the bug in a millisecond.
+# But **reward and judge do not show it.** They are noisy and react late, and end where the healthy
+# run ends once the learning rate goes down. In a trial with three passes over each rollout we saw
+# no difference at all, and with one pass there is none: the ratio is 1. A test of the four corners
+# of the clip (notebook “GRPO by hand”) finds the bug in a millisecond.
 
 # %%
 reading("entropy", ("entropy", "zero spread", "judge", "kl"))
 
 # %% [markdown]
-# **Entropy: certain, and finished.** Half of the entropy was *added* to the loss where a bonus is
+# **Entropy: certain, and finished.** Half of the entropy was *added* to the loss, where a bonus is
 # subtracted. After 8 steps the policy has a quarter of its entropy left, after 24 less than 2%.
 # All eight candidates of a group are then the same drawing, so groups have no spread (second
 # panel: the same symptom as in “no spread”, but it *comes* here and was *there* before), and the
 # advantage is 0: learning has ended. The reward stops with it.
 #
-# The judge does not fall. It is higher than that of the healthy run for most of the time: a sharp
-# policy makes fewer slips, which is what a low temperature gives for nothing. What is gone is
-# variety: of the right drawings of a prompt, 0.17 are distinct (that is one of six), where the
-# healthy run has 0.51. Who watches the judge alone will like this run.
+# The judge does not fall. Most of the time it is higher than in the healthy run: a sharp policy
+# makes fewer slips, which is what a low temperature gives for nothing. What is gone is variety: of
+# the right drawings of a prompt, 0.17 are distinct (that is one of six), where the healthy run has
+# 0.51. Anyone who watches the judge alone will like this run.
 
 # %%
 reading("kl", ("kl", "judge", "reward", "entropy"))
@@ -313,9 +313,9 @@ reading("kl", ("kl", "judge", "reward", "entropy"))
 # **KL weight 0: drift.** The same reward, the same code, but nothing pulls back. The KL grows to
 # 0.38 nats a token, six times that of the healthy run, and wanders. The reward ends a little
 # *higher* than in the healthy run. The judge rises as long as the policy is near the base, and
-# then falls behind, from 0.69 to between 0.52 and 0.63: far from the base, the reward was never
-# trained, and its mistakes are found. A penalty would have kept the policy where the reward can
-# be trusted.
+# then falls behind, from 0.69 to between 0.52 and 0.63: the reward was never trained on drawings so
+# far from the base, and the policy finds its mistakes. A penalty would have kept the policy where
+# the reward can be trusted.
 
 # %%
 reading("hacked", ("reward", "judge", "kl", "entropy"))
@@ -325,11 +325,10 @@ reading("hacked", ("reward", "judge", "kl", "entropy"))
 # that the prompt names. It rises without a pause, by 1.5 nats, while the judge falls from 0.50 to
 # 0.13. It pays for colour and area and is blind to shape and place. The KL penalty was on.
 #
-# This log and the one before are the two that are easily confused. Both have a large KL (this one
-# has even the larger, penalty or not), and in both the reward does well. The difference is *when*
-# the judge falls: here at once, while the KL is still small, and far below the base; there late,
-# and never below the base. Without a judge, the curves of a hacked reward are the finest of all
-# seven.
+# This log and the one before are easily confused. Both have a large KL (this one has the larger,
+# in spite of the penalty), and in both the reward does well. The difference is *when* the judge
+# falls: here at once, while the KL is still small, and far below the base; there late, and never
+# below the base. Without a judge, the curves of a hacked reward look the best of all seven.
 #
 # ## What to watch
 #

@@ -2,10 +2,10 @@
 # # 09 · Kernels: memory, rooflines, fusing
 #
 # **You will see** that the logits are the largest tensor a language model makes; how a softmax is
-# computed in pieces, without ever holding them; which operations your machine can feed and which
-# starve; and what `kernels.py` makes of all this.
+# computed in pieces, without ever holding all of them; which operations are limited by arithmetic
+# and which wait for memory; and how `kernels.py` uses all this.
 #
-# From `kernels.py`. Everything runs on a CPU; the ideas are those of a GPU, whose numbers are 100
+# From `kernels.py`. Everything runs on a CPU; the ideas also hold on a GPU, whose numbers are 100
 # times larger.
 
 # %%
@@ -62,13 +62,13 @@ print(f"the 8 B model: logits {logits:.0f} GB, the rest {rest:.0f} GB")
 # %% [markdown]
 # **Check.** One layer, the last, takes more than all weights, and more than the hidden states of
 # all layers together; the optimizer's moments are larger still. But weights and moments are
-# needed, and the logits are not: of V numbers a token the loss uses one. (With LoRA or a sharded
-# optimizer the logits *are* the largest part.)
+# needed, and the logits are not: of V numbers for each token the loss uses one. (With LoRA or a
+# sharded optimizer the logits *are* the largest part.)
 #
 # ## A softmax in pieces
 #
-# The normaliser of a softmax is log Σ exp(z). It can be had piece by piece: keep the largest logit
-# so far, and the sum relative to it.
+# The log-normaliser of a softmax is log Σ exp(z). It can be computed piece by piece: keep the
+# largest logit so far, and the sum relative to it.
 
 # %%
 def online_logsumexp(chunks):
@@ -83,8 +83,8 @@ def online_logsumexp(chunks):
 course.check(online_logsumexp)
 
 # %% [markdown]
-# Then the gradient. What does a logit have to do to raise the log-prob of the chosen id? (K3)
-# answers without autograd, and with nothing but the probabilities.
+# Next, the gradient. How must each logit change to raise the log-prob of the chosen id? (K3)
+# answers without autograd, from the probabilities alone.
 
 # %%
 def logprob_gradient(logits, tokens):
@@ -96,11 +96,11 @@ def logprob_gradient(logits, tokens):
 course.check(logprob_gradient)
 
 # %% [markdown]
-# ## What is really made
+# ## Which tensors are really made
 #
-# We watch every tensor that PyTorch makes during loss and gradients, in both ways. `plain` is what
-# autograd does. `fused` works through the tokens in chunks, takes the gradient of a chunk at once
-# (a token's depends on that token alone) and drops it.
+# We watch every tensor that PyTorch makes while it computes loss and gradients, in two ways.
+# `plain` is what autograd does. `fused` works through the tokens in chunks, computes the gradient
+# of a chunk at once (a token's gradient depends on that token alone) and drops the chunk's logits.
 #
 # > **Predict.** A vocabulary of 4,000, and batches of 64 to 4,096 tokens: how does the largest
 # > tensor grow in each?
@@ -170,16 +170,16 @@ plt.show()
 print("largest difference of loss and gradients:", *(f"{x:.0e}" for x in apart))
 
 # %% [markdown]
-# **Check.** The same numbers up to rounding; the plain way makes tensors as large as the batch,
+# **Check.** The same numbers up to rounding; the plain way makes tensors that grow with the batch,
 # the fused one never more than a chunk, whatever the batch. Whether it is also faster depends on
 # the machine and the size: the work is the same, but large tensors have to go through memory
-# several times, and small chunks do not fill the machine.
+# several times, and small chunks do not keep the machine busy.
 #
 # ## The roofline
 #
-# A machine can do so many operations a second and move so many bytes a second. An operation's
-# **intensity** is how many operations it does for every byte it moves; below a certain intensity
-# the arithmetic units wait for memory.
+# A machine can do only so many operations a second and move only so many bytes a second. The
+# **intensity** of a computation is how many operations it does for every byte it moves; below a
+# certain intensity the arithmetic units wait for memory.
 
 # %%
 def attainable(intensity, peak, bandwidth):
@@ -239,13 +239,13 @@ slow = [name for name, (intensity, _) in points.items() if intensity < peak / ba
 print("left of the bend:", ", ".join(slow))
 
 # %% [markdown]
-# **Check.** Blue is a matrix of 4,096 × 4,096 times so many tokens. One token is a matrix *times a
-# vector*: every weight is read for two operations, so it lies on the slope, waits for memory, and
-# a faster processor would not help. That is why sampling is slow, and why a group helps: 64
-# candidates read the weights once. (A point a little above the roof: the slope was measured by
-# copying, and reading alone is faster. `exp` is far below it: we count as one operation what takes
-# a processor about twenty.) On a GPU of the H100 class the bend lies at a few hundred operations a
-# byte, so that nearly everything but large products waits for memory.
+# **Check.** Blue is a matrix of 4,096 × 4,096 times that many tokens. One token is a matrix *times
+# a vector*: every weight is read for two operations, so it lies on the slope, waits for memory, and
+# a faster processor would not help. That is why sampling is slow, and why a group helps: the
+# weights are read once for 64 candidates. (A point may lie a little above the roof: the slope was
+# measured by copying, and reading alone is faster. `exp` is far below it: we count as one operation
+# what takes a processor about twenty.) On a GPU of the H100 class the bend lies at a few hundred
+# operations a byte, so nearly everything except large products waits for memory.
 #
 # ## Fusing
 #
@@ -264,10 +264,10 @@ print(f"{watch.operations} operations; one that did all of it would read {need:.
 
 # %% [markdown]
 # **Check.** Many operations, most of which read and write tensors of that size. On a small batch a
-# GPU spends its time on starting them. `kernels.py` fuses the *large* ones by hand (logits,
-# softmax, gradient), and has `torch.compile` make one GPU kernel of a softmax's steps. Try `python
-# kernels.py --device cpu`: it prints its errors against float64, since a fast wrong kernel is
-# worth nothing.
+# GPU spends its time starting them. `kernels.py` fuses the *large* ones by hand (logits, softmax,
+# gradient), and lets `torch.compile` turn the steps of a softmax into one GPU kernel. Try `python
+# kernels.py --device cpu`: it prints its errors against float64, since a fast kernel with wrong
+# results is worth nothing.
 #
 # ## The check cell
 

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 10 · Reading the results, and how one fools oneself
 #
-# **You will see** real results the way a careful referee reads them: every claim about drawing as
-# quality *against* diversity, at the same cost, over several seeds; and seven ways to get a wrong
-# answer from right numbers.
+# **You will see** how a careful referee reads real results: every claim about drawing as quality
+# *against* diversity, at the same cost, over several seeds; and seven ways to get a wrong answer
+# from right numbers.
 #
 # Sections 1 to 7 read the numbers of the **first edition** of this repository, mistakes included
 # (`first_edition.json`), section 8 those of the second (`results/claims.json`). Nothing is
@@ -73,13 +73,16 @@ def mean_front(method, column=""):
 figure, axes = plt.subplots(1, 2, figsize=(7.4, 3), sharey=True)
 for ax, column, title in zip(axes, ("", "_heldout"), ("One or two objects", "Three objects")):
     for method, color in METHODS.items():
+        for seed in seeds:
+            points = [(r[f"diversity{column}"], r[f"compose{column}"]) for r in front(method, seed)]
+            ax.plot(*np.array(points, float).T, color=color, linewidth=0.5, alpha=0.5)
         t, x, y = mean_front(method, column).T
         ax.plot(x, y, "o-", color=color, label=method, markersize=4)
         ax.annotate(f"T={t[-1]:g}", (x[-1], y[-1]), xytext=(4, -10), textcoords="offset points",
                     fontsize=7, color=color)
-    ax.set(xlabel="diversity", title=title, ylim=(-0.03, 1.03))
-axes[0].set_ylabel("drawings right (judge)")
-axes[0].legend(loc="lower left")
+    ax.set(xlabel="diversity: distinct of the right ones", title=title, ylim=(-0.03, 1.03))
+axes[0].set_ylabel("share of drawings right (judge)")
+axes[0].legend(loc="lower left", title=f"thick: mean of {len(seeds)} seeds, thin: each")
 plt.show()
 
 # %%
@@ -100,11 +103,11 @@ for objects, key in (("one or two objects", "compose"), ("three objects", "compo
 
 # %% [markdown]
 # **Check.** Compare the two lines of each block. A gain at temperature 1 that shrinks to nothing
-# once everybody may sample colder is what notebook 03 let us expect: it is a temperature effect. A
-# gain that stays is something no temperature gives. *One number at one temperature cannot tell the
-# two apart.*
+# once every method may sample colder is what notebook 03 leads us to expect: it is a temperature
+# effect. A gain that stays is one that no temperature gives. *One number at one temperature cannot
+# tell the two apart.*
 #
-# (Here the best temperature is chosen on the numbers that are shown, which flatters everybody a
+# (Here the best temperature is chosen on the numbers that are shown, which flatters every method a
 # little. `eval.py` chooses it on validation prompts.)
 #
 # ## 2. Quality without variety
@@ -126,22 +129,24 @@ course.check(equal_diversity)
 at, levels = course.use(equal_diversity), np.linspace(0.2, 0.6, 17)
 
 
-def mean_quality(method, level):
-    """Mean over the seeds; nan where one of them does not reach this diversity."""
-    values = [at([(r["diversity"], r["compose"]) for r in front(method, s)], level) for s in seeds]
-    return np.nan if None in values else np.mean(values)
+def qualities(method):
+    """(seeds, levels): the quality at each diversity; nan where a front does not reach it."""
+    points = [[(r["diversity"], r["compose"]) for r in front(method, s)] for s in seeds]
+    return np.array([[at(some, level) for level in levels] for some in points], float)
 
 
-quality = {m: np.array([mean_quality(m, level) for level in levels]) for m in METHODS}
+each = {m: qualities(m) for m in METHODS}
+quality = {m: x.mean(0) for m, x in each.items()}  # nan where one seed does not reach
 common = ~np.isnan(np.array(list(quality.values()))).any(0)
 lead = {m: int((np.argmax([quality[k][common] for k in quality], 0) == i).sum())
         for i, m in enumerate(quality)}
 figure, ax = plt.subplots(figsize=(4.8, 2.6))
 for method, color in METHODS.items():
+    ax.plot(levels, each[method].T, color=color, linewidth=0.5, alpha=0.5)
     ax.plot(levels, quality[method], "o-", color=color, label=method, markersize=4)
-ax.set(xlabel="diversity", ylabel="drawings right at that diversity",
-       title="One or two objects, at equal diversity")
-ax.legend()
+ax.set(xlabel="diversity: distinct of the right ones", ylabel="share of drawings right (judge)",
+       title=f"One or two objects: of {common.sum()} levels, lvrpo leads {lead['lvrpo']}")
+ax.legend(title=f"thick: mean of {len(seeds)} seeds, thin: each", fontsize=8)
 plt.show()
 print(f"of the {common.sum()} levels that all reach in every seed, so many are led by", lead)
 
@@ -162,8 +167,8 @@ for method in ("lvrpo", "unified"):
 
 # %% [markdown]
 # Equal *seconds* is the rule of this repository, the training of the reward included. `unified`
-# got the seconds that the `lvrpo` run of its seed had been measured at, but a machine that also
-# does other things is not equally fast at all times: look at the ranges before you trust the rule.
+# got as many seconds as the `lvrpo` run of its seed had taken, but a machine that also does other
+# things is not equally fast at all times: look at the ranges before you trust the rule.
 # Equal tokens, or equal *labels*, would be other questions with other answers. GRPO has seen the
 # key of every question it was rewarded for; `sft`, a control in section 7, learns from the same
 # keys by plain next-token training.
@@ -224,7 +229,7 @@ for i, (metric, group) in enumerate(shown.items()):
     ax.plot(ours - theirs, [i + 0.22] * len(seeds), "|", color="black", markersize=6)
 ax.axvline(0, color="black", linewidth=0.8)
 ax.set(yticks=range(len(shown)), yticklabels=verdicts,
-       xlabel="lvrpo − unified, paired (ticks: seeds)",
+       xlabel="lvrpo − unified, paired; bars: 95% interval, ticks: seeds",
        title=f"{sum(v != 'open' for v in verdicts.values())} of {len(shown)} differences are clear")
 ax.invert_yaxis()
 plt.show()
@@ -232,14 +237,14 @@ for verdict in ("ahead", "behind", "open"):
     print(f"{verdict:7}", ", ".join(m for m, v in verdicts.items() if v == verdict) or "nothing")
 
 # %% [markdown]
-# **Check.** Grey intervals hold 0: nothing is shown, whatever the mean. Student's t is 4.3 with
-# three seeds and 2.8 with five, so that one odd seed makes an interval huge; that is not pedantry,
-# it is what so few numbers can tell. Red ones are losses: they belong in a table as well.
+# **Check.** Grey intervals contain 0: they show nothing, whatever the mean. Student's t is 4.3 with
+# three seeds and 2.8 with five, so one odd seed makes an interval huge; that is not pedantry, it is
+# all that so few numbers can tell. Red intervals are losses: they belong in a table as well.
 #
-# ## 5. Looking until it shines
+# ## 5. Looking until something shines
 #
-# Two methods that are *exactly equally good*; five seeds each; one reports the better seed, or the
-# best of twenty metrics.
+# Two methods that are *exactly equally good*, with five seeds each; the author of one reports its
+# best seed, or the best of twenty metrics.
 #
 # > **Predict.** How often will the first look clearly better (beyond its 95% interval) on at least
 # > one of 20 metrics?
@@ -295,7 +300,7 @@ for c in claims:
     mark += "○" if mark and c["t_low"] <= 0 else ""
     ax.text(x, y, f"{c['difference']:+.2f} {mark}", ha="center", va="center", fontsize=8)
 image = ax.imshow(grid, cmap="RdBu", vmin=-0.4, vmax=0.4, aspect="auto")
-figure.colorbar(image, label="lvrpo minus")
+figure.colorbar(image, label="lvrpo minus the method below")
 ax.set(yticks=range(len(rows)), yticklabels=rows, xticks=range(len(columns)), xticklabels=columns,
        title="● “replicated”   ○ but Student's t holds 0")
 plt.show()
@@ -311,10 +316,10 @@ for name, others in (("baselines", columns[:4]), ("controls", columns[4:])):
 
 # %% [markdown]
 # **Check.** Read the map by columns: does what holds against the base also hold against a control
-# with the same information? And then look at the noise that the second cell printed. In the first
+# with the same information? Then look at the noise that the second cell printed. In the first
 # edition 70% of the pre-training answers about places and numbers were "vague", so the likeliest
 # answer was a wrong one; GRPO alone was given clean keys, and its pre-training pairs were filtered
-# by its reward. The gain in `vqa` sat wholly in those kinds of question. So it is real, but it
+# by its reward. The gain in `vqa` was entirely in those kinds of question. So it is real, but it
 # says how much that noise cost, not how good the method is: **the dose of noise, and who knows
 # what, are part of the claim**. That is why the second edition has no such noise, gives every
 # method the same information, and measures again.
@@ -369,15 +374,16 @@ for verdict in COLORS:
 # * **What nobody labelled, GRPO learns.** Drawings and captions of three objects, and pairs of
 #   objects that no caption ever joined, cannot be copied from any text and picture. A reward that
 #   knows near misses is enough, and more next tokens are not.
-# * **What has a key, plain training on the key learns better**, and by much: the same questions,
-#   the same answers, the same seconds. A reward of 0 or 1 tells less about an answer than the
-#   answer does. GRPO on questions is for where nobody knows the key but somebody can check it.
+# * **What has a key, plain training on the key learns better**, and by a wide margin: the same
+#   questions, the same answers, the same seconds. A reward of 0 or 1 tells less about an answer
+#   than the answer does. GRPO on questions is for cases where nobody knows the key but somebody
+#   can check an answer.
 # * **At equal diversity**, on ordinary prompts, alignment is ahead of its own base; look at the
 #   interval before you say that it is ahead of more training.
 # * **The controls** `rejection`, `dpo` and `best_of_n` have the same reward. Where they do as well,
 #   the reward did it, not the policy gradient.
 # * Look at single seeds, too: exploration can fail. A base that never draws three objects by
-#   chance is never rewarded for it, and stays at nothing.
+#   chance is never rewarded for it, and never learns it.
 
 # %%
 for metric in ("compose_heldout", "caption_three"):
