@@ -2,7 +2,7 @@
 # # 03 · Pre-training, and what noisy captions teach
 #
 # **You will see** a small model learn to draw in seconds; that its loss ends where the noise of
-# the captions says it must; that sampling at a low temperature undoes one kind of noise and not
+# the captions says it must; that sampling at a low temperature removes one kind of noise and not
 # another; and a loss that is too good to be true.
 #
 # From `model.py`, `kernels.selected_logprobs`, and the optimizers of `train.py`.
@@ -57,7 +57,7 @@ course.show([e.pictures[0] for e in six], [e.prompt for e in six], columns=6, si
 #
 # A perfect model of this web still cannot know whether *this* caption is one of the wrong ones.
 # Its loss is the entropy of what a caption leaves open: the colour, the side, and the size, which
-# these captions never name.
+# these captions never mention.
 
 # %%
 def noise_floor(shares):
@@ -122,11 +122,14 @@ with torch.no_grad():
     new = picture_losses(model, [example(random.Random(f"val/{i}")) for i in range(4096)], shifted)
 mean, error = float(new.mean()), float(new.std() / len(new) ** 0.5)
 figure, ax = plt.subplots(figsize=(5.2, 2.8))
-ax.semilogy(curve, color=BLUE)
-ax.axhline(FLOOR, color=GREY, linestyle="--")
-ax.text(0, FLOOR * 0.93, f"entropy of the noise: {FLOOR:.2f}", color=GREY, va="top")
-ax.set(xlabel="step", ylabel="training loss, nats a picture", ylim=(1, None),
-       title="The loss stops where the noise begins")
+ax.semilogy(curve, color=BLUE, label="training, batches of 48 (seed 0)")
+ax.errorbar(len(curve) + 5, mean, 2 * error, fmt="o", color=RED,
+            label="new captions, ± 2 standard errors")
+ax.axhline(FLOOR, color=GREY, linestyle="--", label=f"entropy of the noise: {FLOOR:.2f}")
+ax.set(xlabel="step of training", ylabel="loss, nats a picture", ylim=(1, None),
+       title=f"New captions end {mean - FLOOR:+.2f} nats from the entropy of the noise")
+ax.set_yticks((1, 2, 5, 10, 20, 50), (1, 2, 5, 10, 20, 50))
+ax.legend(fontsize=8)
 plt.show()
 print(f"{len(new):,} new captions: {mean:.3f} nats a picture, standard error {error:.3f}")
 print(f"the floor is {FLOOR:.3f}: the model is {mean - FLOOR:+.3f} above it, "
@@ -134,14 +137,14 @@ print(f"the floor is {FLOOR:.3f}: the model is {mean - FLOOR:+.3f} above it, "
 
 # %% [markdown]
 # **Check.** The curve comes down to the floor and stays there; single batches of 48 scatter on
-# both sides of it. What is left above it on *new* captions is what the model has not learned yet,
-# if it is more than two standard errors, and else may be luck. No model can do better than the
-# floor on average, and a *better loss would be a bug*: see below.
+# both sides of it. If the loss on *new* captions is more than two standard errors above the floor,
+# the difference is what the model has not learned yet; if it is less, it may be luck. No model can
+# do better than the floor on average, and a *better loss would be a bug*: see below.
 #
-# ## What temperature undoes, and what it does not
+# ## What a low temperature removes, and what it does not
 #
 # The model now draws a wrong colour in 30% of the cases, as it was taught. Sampling at temperature
-# T raises probabilities to the power 1/T.
+# T raises probabilities to the power 1/T and normalises them again.
 
 # %%
 def sharpened(p, temperature):
@@ -179,20 +182,23 @@ def right(pictures, what):
 
 
 NAMES = {"color": "colour", "row": "top or bottom", "column": "left or right"}
-scores = {what: [right(drawn[t], what).mean() for t in TEMPERATURES] for what in NAMES}
+hits = {what: [right(drawn[t], what) for t in TEMPERATURES] for what in NAMES}
 
 # %%
-figure, ax = plt.subplots(figsize=(5.2, 2.8))
-for (what, y), color, style in zip(scores.items(), (BLUE, GREY, RED), ("o-", "o:", "o-")):
-    ax.plot(TEMPERATURES, y, style, color=color)
+figure, ax = plt.subplots(figsize=(5.6, 2.8))
+for (what, ok), color, style in zip(hits.items(), (BLUE, GREY, RED), ("o-", "o:", "o-")):
+    y = [float(x.mean()) for x in ok]
+    ax.errorbar(TEMPERATURES, y, course.reach(ok), fmt=style, color=color, markersize=4)
     ax.text(1.03, y[-1], NAMES[what], color=color, va="center")
 ax.axhline(1 - SWAPPED, color=RED, linewidth=0.8, linestyle="--")
-ax.text(0.1, 1 - SWAPPED - 0.02, "captions whose side is true", color=RED, va="top", fontsize=8)
-ax.set(xlabel="sampling temperature", ylabel="share of drawings right", ylim=(0, 1.04),
-       title="A low temperature mends careless errors only")
+ax.text(0.1, 1 - SWAPPED - 0.1, "dashed: captions whose side is true", color=RED, fontsize=8)
+change = {what: f"{ok[-1].mean():.0%} → {ok[0].mean():.0%}" for what, ok in hits.items()}
+ax.set(xlabel="sampling temperature T", ylabel="share of drawings right", ylim=(0, 1.04),
+       title=f"T = 1 → 0.1: colour {change['color']}, side {change['column']}")
 plt.show()
-course.show([*drawn[1.0][:6], *drawn[0.1][:6]],
-            [f"T={t}: {e.prompt}" for t in (1.0, 0.1) for e in asked[:6]], columns=6, size=1.3,
+print(f"model of seed 0; bars: 95% intervals (E3) of {len(asked)} drawings")
+course.show([*drawn[1.0][:6], *drawn[0.1][:6]], [e.prompt for e in asked[:6]] + [""] * 6, columns=6,
+            size=1.1, labels=("T = 1", "T = 0.1"), title="framed green: the colour is right",
             right=[ok for t in (1.0, 0.1) for ok in right(drawn[t], "color")[:6]])
 
 # %% [markdown]
@@ -201,9 +207,9 @@ course.show([*drawn[1.0][:6], *drawn[0.1][:6]],
 # it: for free, without any alignment. **Keep this in mind for notebook 10**: whoever compares an
 # aligned model with its base at temperature 1 measures mostly this.
 #
-# The systematic error is no spread: the wrong side *is* the likelier one. If the side were one
-# choice, a low temperature would make every drawing wrong, as you computed. Why does that not
-# happen? Look at the two sides apart:
+# The systematic error is not spread out: the wrong side *is* the likelier one. If the side were a
+# single choice, a low temperature would make every drawing wrong, as you computed. Why does that
+# not happen? Look at the two sides separately:
 
 # %%
 left = np.array([e.truth[0][0].column == 0 for e in asked])
@@ -216,8 +222,8 @@ for t in (1.0, 0.5, 0.1):
 # A low temperature makes each *token* the likeliest one, and that is not the likeliest *picture*.
 # The first patch of a row lies on the left: background, with probability 0.4 or more, against
 # objects whose probability is split over colours and sizes. So at T = 0.1 everything drifts to the
-# right, whatever was asked. That is right for half of the prompts, by accident: what the captions
-# got wrong systematically, no temperature can undo. (The extreme case is known: greedy drawing can
+# right, whatever was asked. That happens to suit half of the prompts: what the captions got wrong
+# systematically, no temperature can put right. (The extreme case is well known: greedy drawing can
 # give an empty picture.)
 #
 # ## Planted bug: too good to be true
@@ -238,21 +244,21 @@ course.check(next_token_logprobs)
 hers, curve_hers = pretrain(next_token_logprobs, 60)
 pictures = Evaluator(hers, vocab, codebook, None, None).outputs(asked[:6], 1.0)[:, 0]
 figure, ax = plt.subplots(figsize=(5.2, 2.4))
-ax.semilogy(curve[:60], color=BLUE, label="that of above")
-ax.semilogy(curve_hers, color=RED, label="the colleague's")
-ax.axhline(FLOOR, color=GREY, linestyle="--")
+ax.semilogy(curve[:60], color=BLUE, label="with `shifted`, as above")
+ax.semilogy(curve_hers, color=RED, label="with the colleague's function")
+ax.axhline(FLOOR, color=GREY, linestyle="--", label=f"entropy of the noise: {FLOOR:.2f}")
 where = "below" if curve_hers[-1] < FLOOR else "no longer below"
-ax.set(xlabel="step", ylabel="loss, nats a picture",
-       title=f"{curve_hers[-1]:.2f} nats: {where} the floor")
-ax.legend()
+ax.set(xlabel="step of training", ylabel="loss, nats a picture",
+       title=f"After {len(curve_hers)} steps {curve_hers[-1]:.2f} nats: {where} the floor")
+ax.legend(fontsize=8, loc="lower left")
 plt.show()
-course.show(pictures, columns=6, title="what her model draws", size=1.0)
+course.show(pictures, [e.prompt for e in asked[:6]], columns=6, title="what her model draws")
 
 # %% [markdown]
-# **Check.** Below the floor is a bug, not a success, and sampling shows it. A loss is only a
-# number; know the number it must not pass. (Mend her function and run the cell again.) The root
-# file makes this mistake hard: `model.completion` returns states and tokens that are already lined
-# up.
+# **Check.** A loss below the floor is a bug, not a success, and sampling shows it. A loss is only
+# a number; know the number below which it must not fall. (Mend her function and run the cell
+# again.) The root file makes this mistake hard: `model.completion` returns states and tokens that
+# are already aligned.
 #
 # ## The check cell
 

@@ -2,8 +2,8 @@
 # # 07 · Aligning a model, and hacking a reward on purpose
 #
 # **You will see** the whole GRPO loop in twenty lines; a naive reward that is hacked within a
-# minute while the true score falls; a KL penalty that holds the policy back; and then a reward
-# that deserves the name, against the obvious alternative and with its price.
+# minute while the true score falls; a KL penalty that holds the policy back; and then a better
+# reward, compared with the obvious alternative, and what it costs.
 #
 # From `grpo.py`, `reward.py` and `eval.py`. The base is that of notebook 06: one object a picture,
 # noisy captions.
@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from course import BLUE, GOLD, GREEN, GREY, RED
+from IPython.display import display
 
 from data import COLORS, NOISE, pictures_of
 from eval import Evaluator, WorldJudge, front
@@ -31,8 +32,17 @@ base = course.small_base()
 layout = base.vocab.layout("draw")
 
 # %% [markdown]
-# Two numbers are measured all along, on validation prompts, and never used: the judge's **true
-# score**, and **diversity**, the share of distinct pictures among the right ones of a prompt.
+# One prompt, six drawings, two rewards: the film of this notebook. In each strip a row keeps its
+# noise, so what changes along it is the policy alone; the judge frames a drawing green where it is
+# right. (The film is shown here once the runs below have ended.)
+
+# %%
+film = display("two rewards, soon", display_id="film")
+
+# %% [markdown]
+# Two numbers are measured throughout, on validation prompts, and never trained on: the judge's
+# **true score**, and **diversity**, the share of distinct pictures among the right ones of a
+# prompt.
 
 # %%
 def evaluator(policy, split="val", rewards=None):
@@ -51,7 +61,7 @@ for row in front(evaluator(base.model), "paired", 64, 8, (1.0, 0.3)):
 # %% [markdown]
 # ## The loop
 #
-# Sample groups, reward them, take one step; again. Every line is one of notebook 06.
+# Sample groups, reward them, take one step, repeat. You know every line from notebook 06.
 
 # %%
 def align(reward_of, kl_coef, ptx_coef=0.0, steps=45, lr=2e-3, n=8, group=8, seed=0, watch=False):
@@ -72,20 +82,25 @@ def align(reward_of, kl_coef, ptx_coef=0.0, steps=45, lr=2e-3, n=8, group=8, see
         if ptx_coef:
             loss = loss + ptx_coef * course.next_token_loss(base, policy, rng, 24)
         row = {"step": step, "reward": float(rewards.mean()), "kl": float(metrics["kl"])}
-        history.append(row | (look(policy) if watch and step % 11 == 0 else {}))
+        seen = watch and (step % 9 == 0 or step == steps - 1)
+        history.append(row | (look(policy) if seen else {}))
         course.update(policy, optimizers, loss, lr * schedule(step, steps))
     return policy, history
 
 
 # %%
 def look(policy):
-    """What the judge thinks of a policy, and what it draws."""
-    e = evaluator(policy)
-    return front(e, "paired", 64, 6, (1.0,))[0] | {"drawn": e.outputs(examples[:4], seed=1)[:, 0]}
+    """What the judge thinks of a policy; its drawings (4, S, S, 3) for four prompts, and six
+    drawings for one prompt, always from the same noise."""
+    e, one = evaluator(policy), examples[3]
+    drawn, six = e.outputs(examples[:4], seed=1), e.outputs([one], group=6, seed=2)
+    frames = {"right": WorldJudge().draw(examples[:4], drawn), "drawn": drawn[:, 0],
+              "six right": WorldJudge().draw([one] * 6, six), "six": six[:, 0]}
+    return front(e, "paired", 64, 6, (1.0,))[0] | frames
 
 
 # %% [markdown]
-# There is one pass over each rollout, so the old log-probs are the new ones without gradient.
+# There is one pass over each rollout, so the old log-probs are the new ones, detached.
 #
 # ## A naive reward
 #
@@ -118,23 +133,30 @@ def counted(pictures, examples, rng):
     return torch.tensor(rewards).view(-1, group)
 
 
-runs = {f"KL · {kl}": align(counted, kl, watch=True) for kl in (0, 1)}
+runs = {f"kl_coef = {kl}": align(counted, kl, watch=True) for kl in (0, 1)}
 
 # %%
 def curves(runs, colors):
-    figure, axes = plt.subplots(1, 3, figsize=(7.6, 2.4))
+    """One seed: rewards and KL of the 64 drawings of a step; true score of 64 prompts × 6 drawings,
+    with 95% intervals that count the prompts alone."""
+    figure, axes = plt.subplots(1, 3, figsize=(7.8, 2.5))
     for (name, (_, history)), color in zip(runs.items(), colors):
         for ax, key in zip(axes, ("reward", "compose", "kl")):
             rows = [row for row in history if key in row]
             x, y = [row["step"] for row in rows], [row[key] for row in rows]
-            ax.plot(x, y, "o-" if key == "compose" else "-", color=color, label=name)
-    for ax, title in zip(axes, ("reward", "true score (judge)", "KL to the base (k3)")):
-        ax.set(title=title, xlabel="step")
+            ax.plot(x, y, color=color, label=name)
+            if key == "compose":
+                shares = [np.arange(64) < round(64 * share) for share in y]
+                ax.errorbar(x, y, course.reach(shares), fmt="o", color=color, markersize=4)
+    panels = {"reward (seed 0)": "share of pixels counted", "true score": "share right (judge)",
+              "KL to the base (k3)": "nats a token"}
+    for ax, (title, unit) in zip(axes, panels.items()):
+        ax.set(title=title, xlabel="step of training", ylabel=unit)
+    axes[0].set_ylim(0, 1)
     axes[1].set_ylim(-0.03, 1)
     axes[2].set_yscale("symlog", linthresh=0.1)
-    axes[2].set_ylabel("nats a token")
     axes[0].legend(fontsize=8)
-    plt.show()
+    course.show_small(figure)
 
 
 curves(runs, (RED, BLUE))
@@ -142,10 +164,10 @@ curves(runs, (RED, BLUE))
 # %%
 for name, (_, history) in runs.items():
     seen = [row for row in history if "drawn" in row]
-    tiles = [row["drawn"][i] for i in range(4) for row in seen]
+    tiles, right = ([row[key][i] for i in range(4) for row in seen] for key in ("drawn", "right"))
     titles = [f"step {row['step']}" for row in seen] + [""] * (3 * len(seen))
-    course.show(tiles, titles, columns=len(seen), title=f"counting pixels, {name}", size=0.95)
-print("prompts, row by row:", *[e.prompt for e in examples[:4]], sep="\n  ")
+    course.show(tiles, titles, columns=len(seen), title=f"counting pixels, {name}", size=0.85,
+                right=right, labels=[e.prompt for e in examples[:4]])
 for name, (_, history) in runs.items():
     first, last = ([row for row in history if "drawn" in row][i] for i in (0, -1))
     print(f"{name}: reward {first['reward']:.2f} -> {last['reward']:.2f},",
@@ -153,16 +175,16 @@ for name, (_, history) in runs.items():
 
 # %% [markdown]
 # **Check.** Without a penalty the policy floods the picture: it found what was *counted*. The
-# reward multiplies, the true score collapses, and nothing in the training curve looks wrong; it
-# looks splendid. The KL penalty holds the policy near the base, so that it takes mostly the honest
-# part of the reward (a big object has more red than a small one).
+# reward grows several times over, the true score collapses, and nothing in the training curve looks
+# wrong; it looks splendid. The KL penalty keeps the policy near the base, so that it gains mostly
+# in honest ways (a big object has more red than a small one).
 #
-# But a penalty cannot tell good changes from bad ones. It buys time; it does not mend a reward.
+# But a penalty cannot tell good changes from bad ones. It buys time; it does not fix the reward.
 
 # %%
 def frozen_reference(policy):
-    """Exercise 2: find and mend the planted bug. The frozen copy of a policy that the KL penalty
-    holds on to."""
+    """Exercise 2: find and mend the planted bug. The frozen copy of a policy from which the KL
+    is measured."""
     reference = policy
     reference.eval()
     return reference
@@ -172,8 +194,8 @@ course.check(frozen_reference)
 
 # %% [markdown]
 # The symptom in a real run: the KL column is 0.000 from the first to the last step, and everybody
-# is pleased with how stable training is. A KL that never moves is not a stable run, it is a
-# missing one.
+# is pleased with how stable training is. A KL that never moves is no sign of stability: the penalty
+# is missing.
 #
 # ## A better reward
 #
@@ -200,13 +222,13 @@ def matched(pictures, examples, rng):
     return rewards(base.source, "draw", examples, pictures, rng)[0]
 
 # %% [markdown]
-# Two more things make a fair trial. `train.py` keeps the **pre-training loss** in every step (T1),
+# A fair trial needs two more things. `train.py` keeps the **pre-training loss** in every step (T1),
 # against forgetting. And there is an obvious alternative: the same number of further *next-token*
 # steps, with the same schedule, each on 48 examples where GRPO's step had 24. Three seeds of each,
-# from the one base.
+# all from the same base.
 #
-# > **Predict.** True score at temperature 1, and at each one's best temperature: which is best?
-# > And which has the most variety?
+# > **Predict.** Which has the best true score at temperature 1, and which at its own best
+# > temperature? And which has the most variety?
 
 # %%
 def more_training(seed, steps=45, lr=2e-3):
@@ -221,13 +243,27 @@ def more_training(seed, steps=45, lr=2e-3):
 
 trials = {"next token only": [more_training(seed) for seed in range(3)],
           "GRPO": [align(matched, 0.05, seed=seed)[0] for seed in range(3)],
-          "GRPO + pre-training": [align(matched, 0.05, 1.0, seed=seed)[0] for seed in range(3)]}
+          "GRPO + pre-training": [align(matched, 0.05, 1.0, seed=seed)[0] for seed in (1, 2)]}
+shown, history = align(matched, 0.05, 1.0, seed=0, watch=True)
+trials["GRPO + pre-training"].insert(0, shown)
 trials = {"base": [base.model]} | trials
 aligned = trials["GRPO + pre-training"][0]
 before, after = (evaluator(m).outputs(examples, seed=1) for m in (base.model, aligned))
 right = WorldJudge().draw(examples * 2, np.concatenate((before, after)))
-course.show([*before[:, 0], *after[:, 0]], ["before"] * 8 + ["after"] * 8, right=right, size=0.95,
-            title="the same prompts and the same noise, before and after")
+course.show([*before[:, 0], *after[:, 0]], [e.prompt for e in examples] + [""] * 8, right=right,
+            size=0.95, labels=("base", "GRPO + pre-training, seed 0"),
+            title=f"the same noise: {right[:8].sum()} of 8 right before, {right[8:].sum()} after")
+
+# %%
+strips = {}
+for name, log in {"counted pixels, kl_coef = 0": runs["kl_coef = 0"][1],
+                  "CLIP reward + pre-training": history}.items():
+    seen = [row for row in log if "six" in row]
+    steps, pictures, ok = ([row[key] for row in seen] for key in ("step", "six", "six right"))
+    title = f"{name}: {ok[0].sum()} → {ok[-1].sum()} of 6 right"
+    strips[title] = steps, np.stack(pictures), np.stack(ok)
+course.film(strips, film)
+print(f"the film at the top of this notebook has the prompt “{examples[3].prompt}”")
 
 # %%
 TEMPERATURES = (0.1, 0.3, 0.5, 0.7, 1.0)
@@ -245,10 +281,11 @@ for name, color in zip(fronts, (GREY, BLUE, GOLD, GREEN)):
     x, y = column(name, "diversity"), column(name, "compose")
     ax.plot(x.mean(0), y.mean(0), "o-", color=color, label=f"{name} ({len(x)})")
     ax.plot(x.T, y.T, color=color, linewidth=0.5, alpha=0.6)
-ax.set(xlabel="diversity: distinct among the right ones", ylabel="true score (judge)",
+ax.set(xlabel="diversity: share of the right drawings of a prompt that are distinct",
+       ylabel="true score: share right, by the judge", xlim=(0, None), ylim=(0.3, 1),
        title="Quality against diversity, T = 0.1 (left) to 1 (right)")
-ax.legend(fontsize=8, loc="lower left", title="thick: mean of the seeds")
-plt.show()
+ax.legend(fontsize=8, loc="lower left", title="(seeds); thick: their mean, thin: each")
+course.show_small(figure, 32)
 
 # %%
 print(f"{'':22}{'at T = 1':>20}{'at the best T':>20}{'diversity at T = 1':>22}")
@@ -268,10 +305,10 @@ for what, k in (("at T = 1", 0), ("at the best T", 1), ("diversity at T = 1", 2)
 # **Check.** Read it slowly. A score at temperature 1, the right end of each line, is a headline;
 # the front says what it cost. A line is better than another only where it lies above it *at the
 # same diversity*. Reward training makes the policy surer of what it draws: that can raise the
-# score at T = 1, and it moves the whole line to the left. (T1) is no decoration: compare the lines
-# with and without it. On prompts like these much of the gain is what a temperature, or plain
-# further training, gives for nothing. Where alignment gives more, and how much of a small
-# difference is luck, notebook 10 asks.
+# score at T = 1, and it moves the whole line to the left. (T1) matters: compare the lines with and
+# without it. On prompts like these, a lower temperature or plain further training gives much of the
+# gain for nothing. Notebook 10 asks where alignment gives more, and how much of a small difference
+# is luck.
 #
 # ## Without any learning
 #
@@ -294,27 +331,34 @@ pictures = e.outputs(prompts, group=group)
 score = rewards(base.source, "draw", prompts, pictures, random.Random(0))[0]  # (96, 64)
 right = WorldJudge().draw([x for x in prompts for _ in range(group)], pictures)
 right = torch.from_numpy(right).view(-1, group)
-chosen, ideal = [], [float(expected(right.float().mean(1), n)) for n in sizes]
+chosen, reaches = [], []
+ideal = [float(expected(right.float().mean(1), n)) for n in sizes]
 for n in sizes:  # every prompt's samples in sets of n: is the one that the reward prefers right?
     best = score.view(-1, n).argmax(1, keepdim=True)
-    chosen.append(float(right.view(-1, n).gather(1, best).float().mean()))
+    hits = right.view(-1, n).gather(1, best).view(len(prompts), -1).float().mean(1)  # (96,)
+    chosen.append(float(hits.mean()))
+    reaches.append(course.reach([hits.numpy()]))
 
 # %%
-one = cells["GRPO + pre-training"][0].mean()
-figure, ax = plt.subplots(figsize=(4.8, 2.6))
+seeds = cells["GRPO + pre-training"][0]
+figure, ax = plt.subplots(figsize=(5.2, 2.8))
 ax.plot(sizes, ideal, "o:", color=GREY, label="if the reward were perfect")
-ax.plot(sizes, chosen, "o-", color=GOLD, label="chosen by the CLIP reward")
-ax.axhline(one, color=GREEN, label="GRPO + pre-training, one sample")
-ax.set(xlabel="samples a prompt", ylabel="true score (judge)", xticks=sizes, ylim=(0.3, 1.02),
-       title=f"Best of 8: {chosen[-1]:.2f}, without training; GRPO, one sample: {one:.2f}")
+ax.errorbar(sizes, chosen, np.concatenate(reaches, 1), fmt="o-", color=GOLD,
+            label="chosen by the CLIP reward (95%, 96 prompts)")
+ax.axhspan(seeds.min(), seeds.max(), color=GREEN, alpha=0.25, linewidth=0)
+ax.axhline(seeds.mean(), color=GREEN, label="GRPO + pre-training, one sample (3 seeds)")
+ax.set(xlabel="samples a prompt", ylabel="true score: share right", ylim=(0, 1.02),
+       title=f"Best of 8: {chosen[-1]:.2f}, untrained; GRPO, one sample: {seeds.mean():.2f}")
+ax.set_xscale("log", base=2)
+ax.set_xticks(sizes, sizes)
 ax.legend(fontsize=8, loc="lower right")
 plt.show()
 print(f"of what a perfect reward would gain with 8 samples, this one gains "
       f"{(chosen[-1] - chosen[0]) / (ideal[-1] - ideal[0]):.0%}")
 
 # %% [markdown]
-# **Check.** The cheapest way to use a valid reward is not to train at all, if n samples an answer
-# can be paid for, every time. Alignment pays once. A fair table shows both.
+# **Check.** The cheapest way to use a valid reward is not to train at all, if you can afford n
+# samples for each answer, every time. Alignment is paid for once. A fair table shows both.
 #
 # ## The check cell
 

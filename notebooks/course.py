@@ -34,6 +34,7 @@ from matplotlib.patches import FancyBboxPatch
 from data import (
     NOISE, PAD, SPECIAL, Example, Vocabulary, World, noisy_caption, pictures_of, render,
     sample_scene, true_caption)
+from eval import cell
 from kernels import selected_logprobs
 from model import (
     Codebook, ModelConfig, Transformer, allowed_head, completion, pick_device)
@@ -97,26 +98,29 @@ def map(lesson):
     show_small(figure)
 
 
-def show_small(figure, colors=16):
-    """Displays a figure as a PNG of few colours: a third of the bytes in the notebook's file."""
+def show_small(figure, colors=16, place=None):
+    """Displays a figure as a PNG of few colours: a third of the bytes in the notebook's file.
+    place: the handle of an earlier display, which the figure then replaces."""
     large, small = io.BytesIO(), io.BytesIO()
     figure.savefig(large, format="png")
     plt.close(figure)
     PIL.Image.open(large).convert("RGB").quantize(colors).save(small, format="png", optimize=True)
-    display(Image(small.getvalue()))
+    picture = Image(small.getvalue())
+    place.update(picture) if place else display(picture)
 
 
 # ---------------------------------------------------------------- figures
 
 
-def show(pictures, titles=None, columns=8, right=None, title=None, size=1.15):
+def show(pictures, titles=None, columns=8, right=None, title=None, size=1.15, labels=()):
     """Pictures (32, 32, 3) uint8 in rows of `columns`, words above each. right: bools, framed green
-    where true and red where not."""
+    where true and red where not. labels: words at the left of each row."""
     rows = -(-len(pictures) // columns)
     words = [textwrap.wrap(t, max(8, int(17 * size))) for t in titles or ()]
     lines = sum(max(len(w) for w in words[i : i + columns]) for i in range(0, len(words), columns))
     high = rows * size + 0.14 * lines + 0.3 * bool(title)
-    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, high), squeeze=False)
+    wide = size * columns + bool(labels)
+    figure, axes = plt.subplots(rows, columns, figsize=(wide, high), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for i, (ax, picture) in enumerate(zip(axes.flat, pictures)):
@@ -126,9 +130,39 @@ def show(pictures, titles=None, columns=8, right=None, title=None, size=1.15):
         if right is not None:
             frame = dict(fill=False, color=GREEN if right[i] else RED, linewidth=3, clip_on=False)
             ax.add_patch(plt.Rectangle((-1, -1), 33, 33, **frame))
+    for ax, label in zip(axes[:, 0], labels):
+        ax.text(-4, 16, textwrap.fill(label, 16), fontsize=7, ha="right", va="center")
     if title:
         figure.suptitle(title, fontsize=10, fontweight="bold")
     plt.show()
+
+
+def film(runs, place, every=40):
+    """A strip of frames for each run, {title: (steps, pictures (moments, n, 32, 32, 3), right
+    (moments, n))}: a column for each moment, a row for each of n drawings. Green frames are right,
+    red ones wrong. It replaces what `place` displays."""
+    figure, axes = plt.subplots(1, len(runs), figsize=(4.3 * len(runs), 4), squeeze=False)
+    for ax, (title, (steps, pictures, right)) in zip(axes[0], runs.items()):
+        moments, n = right.shape
+        strip = np.full((n * every, moments * every, 3), 255, np.uint8)
+        for m, i in np.ndindex(moments, n):
+            color = np.array(plt.matplotlib.colors.to_rgb(GREEN if right[m, i] else RED))
+            tile = strip[i * every + 1 : (i + 1) * every - 1, m * every + 1 : (m + 1) * every - 1]
+            tile[:] = 255 * color
+            tile[3:-3, 3:-3] = pictures[m, i]
+        ax.imshow(strip)
+        middle = every * (0.5 + np.arange(max(moments, n)))
+        ax.set(xticks=middle[:moments], xticklabels=steps, xlabel="step of training", title=title)
+        ax.set(yticks=middle[:n], yticklabels=range(1, n + 1), ylabel="drawing (its own noise)")
+    show_small(figure, 128, place)  # with few colours, blue and yellow would be lost
+
+
+def reach(samples):
+    """(2, n): how far the 95% intervals of the means of n samples reach down and up, as the yerr of
+    matplotlib: Wilson's for bools (E3), else by the standard error (E4)."""
+    cells = [cell(sample) for sample in samples]
+    reaches = [(c["value"] - c["low"], c["high"] - c["value"]) for c in cells]
+    return np.array(reaches).T.clip(min=0)
 
 
 COLUMNS = {"marker": "#4a4f58", "word, given": "#d9cba3", "code, given": "#b9cbe4",
