@@ -3,8 +3,8 @@
 #
 # **You will see** a small CLIP learn from noisy pairs which words belong to which picture; how its
 # score becomes a reward that knows when to stop rising; a reward learned from preferences alone;
-# and the mistakes that the reward cannot see, which is where a policy that is trained on it will
-# go.
+# and the mistakes that the reward cannot see, which are the ones that a policy trained on it will
+# make.
 #
 # From `reward.py`; the judge is the first part of `eval.py`.
 
@@ -18,7 +18,7 @@ import torch
 from course import BLUE, GREY, RED
 
 from data import NOISE, World, parse_caption, pictures_of, render, scene_edits
-from eval import WorldJudge
+from eval import T_QUANTILES, WorldJudge
 from reward import CLIP, SURE, clip_loss, make_pairs, match_logprob, text_ids
 from train import make_optimizers, schedule
 
@@ -28,8 +28,8 @@ course.map(4)
 # %% [markdown]
 # ## CLIP: which text belongs to which picture?
 #
-# N pictures and their N captions give N × N similarities; the right ones stand on the diagonal.
-# (R2) asks of every row "which text?" and of every column "which picture?": two cross-entropies.
+# N pictures and their N captions give N × N similarities; the right ones are on the diagonal.
+# (R2) asks for every row "which text?" and for every column "which picture?": two cross-entropies.
 
 # %%
 def info_nce(scores):
@@ -88,14 +88,14 @@ for ax, (x, when) in zip(axes, ((before, "untrained"), (after, "trained"))):
     image = ax.imshow(x, cmap="Blues")
     best = int((x.argmax(1) == torch.arange(7)).sum())
     figure.colorbar(image, label="similarity (R1)", shrink=0.85)
-    ax.set(title=f"{when}: {best} of 7 right", xlabel="text", ylabel="picture")
+    ax.set(title=f"{when}: {best} of 7 right", xlabel="text", ylabel="picture", xticks=range(7))
 plt.show()
 print(f"own caption first: {np.mean(first[:10]):.0%} in the first ten steps, "
       f"{np.mean(first[-20:]):.0%} in the last twenty")
 
 # %% [markdown]
-# **Check.** It stays well below 100%, and it must: where the caption is false, coming first would
-# be a mistake.
+# **Check.** It stays well below 100%, and it should: where the caption is false, putting it first
+# would be a mistake.
 #
 # ## Which patch does a word look for?
 
@@ -106,26 +106,31 @@ kept = [i for i, w in enumerate(words) if w not in ("a", "at", "the", "and")]
 with torch.no_grad():
     word, patch = clip.text(text_ids(vocab, [e.prompt]))[0], clip.image(e.pictures)[0]
     maps = (word @ patch.T).reshape(-1, 4, 4)
-figure, axes = plt.subplots(1, len(kept) + 1, figsize=(1.25 * (len(kept) + 1), 1.6))
+figure, axes = plt.subplots(1, len(kept) + 1, figsize=(1.25 * (len(kept) + 1) + 0.6, 1.9))
 axes[0].imshow(e.pictures[0])
 axes[0].set_title("the picture", loc="center")
+scale = dict(vmin=float(maps[kept].min()), vmax=float(maps[kept].max()))
 for ax, i in zip(axes[1:], kept):
-    ax.imshow(maps[i], cmap="Oranges")
+    image = ax.imshow(maps[i], cmap="Oranges", **scale)
     ax.set_title(words[i], loc="center")
+    y, x = divmod(int(maps[i].argmax()), 4)
+    ax.plot(x, y, "k+", markersize=7)
 for ax in axes:
     ax.axis("off")
+figure.colorbar(image, ax=axes, label="cosine of word\nand patch", shrink=0.8)
+figure.suptitle(f"“{e.prompt}”   +: the word's best patch", fontsize=9)
 plt.show()
 
 # %% [markdown]
 # Dark: the patches whose vector is most like the word's. Nobody labelled where anything is; the
-# model only knew which caption came with which picture. The maps are blunt: words have read their
+# model only knew which caption came with which picture. The maps are coarse: words have read their
 # neighbours, patches have seen the others, and half a minute of training is not much. This is what
 # a learned reward looks like inside.
 #
 # ## A reward that knows when to stop
 #
 # The raw similarity never stops rising, and a policy would chase its last decimals. (R3) asks
-# instead: *how likely is the prompt, among itself and its own edits?* (R8) is flat once that is
+# instead: *how likely is the prompt, against its own edits?* (R8) is flat once the prompt is
 # likelier than not.
 
 # %%
@@ -143,24 +148,28 @@ course.show(views, list(candidates), columns=len(views),
             right=[kind == "as asked" for kind in candidates])
 
 # %%
-figure, ax = plt.subplots(figsize=(5.6, 2.5))
-ax.bar(list(candidates), scores, color=[BLUE if k == "as asked" else RED for k in candidates])
-ax.axhline(np.log(SURE), color=GREY, linestyle="--")
-ax.text(len(scores) - 0.4, np.log(SURE), " flat above:\n sure enough", color=GREY, va="center",
-        fontsize=8)
-ax.set(ylabel="log-probability (R3)", ylim=(-6.2, 0.4),
-       title="“a red circle left of a blue square”: what each edit costs")
-ax.tick_params(axis="x", rotation=30)
-plt.show()
 cheapest, own = list(candidates)[1:][int(scores[1:].argmax())], float(scores[0])
-difference = float(scores[1:].max()) - own
+difference, order = float(scores[1:].max()) - own, np.argsort(-np.array(scores))
+names = [list(candidates)[i] for i in order]
+figure, ax = plt.subplots(figsize=(6, 2.6))
+colors = [BLUE if name == "as asked" else RED for name in names]
+ax.scatter(np.array(scores)[order], names, color=colors, zorder=3)
+ax.hlines(names, own, np.array(scores)[order], color=colors, linewidth=1)
+ax.axvline(own, color=BLUE, linewidth=0.8)
+ax.axvline(np.log(SURE), color=GREY, linestyle="--")
+ax.text(np.log(SURE), len(names) - 1, " flat above:\n sure enough", color=GREY, fontsize=8)
+ax.invert_yaxis()
+ax.set(xlabel="log-probability of the prompt given the picture (R3), nats", xlim=(-6.2, 0.4),
+       ylabel="edit of the picture",
+       title=f"“{caption.text()}”: {(scores[1:] > own).sum()} edits score higher")
+plt.show()
 print(f"the cheapest edit: “{cheapest}”, {difference:+.2f} against the right picture")
 print(f"the right picture itself reaches {own:.2f}; the reward is flat above {np.log(SURE):.2f}")
 
 # %% [markdown]
-# Every edit makes the picture wrong, but not all of them cost much. One picture is an anecdote.
-# Validity is a *share*: of all (right, wrong) pairs of drawings for the same prompt, how many does
-# the reward put in order? (R5)
+# Every edit makes the picture wrong, but not every edit costs much. One picture is an anecdote.
+# Validity is a *share*: of all (right, wrong) pairs of drawings for the same prompt, in how many
+# does the reward prefer the right one? (R5)
 
 # %%
 def agreement(rewards, right):
@@ -204,21 +213,23 @@ for kind, pairs in spoiled.items():
 # %%
 order = sorted(seen, key=seen.get)
 figure, ax = plt.subplots(figsize=(5.6, 2.6))
-ax.barh([f"{k} ({len(spoiled[k])})" for k in order], [seen[k] for k in order],
-        color=[RED if seen[k] < 0.8 else BLUE for k in order])
+reach = course.reach([np.arange(n := len(spoiled[k])) < round(seen[k] * n) for k in order])
+ax.barh([f"{k} ({len(spoiled[k])})" for k in order], [seen[k] for k in order], xerr=reach,
+        color=[RED if seen[k] < 0.8 else BLUE for k in order], error_kw={"linewidth": 0.8})
 ax.axvline(0.5, color=GREY, linestyle="--")
 ax.text(0.5, len(order) - 0.3, " a coin", color=GREY, fontsize=8, va="center")
 ax.set(xlim=(0, 1), ylim=(-0.6, len(order)), title=f"The reward's weakest spot: “{order[0]}”",
-       xlabel="share of spoiled pictures that the reward ranks below the true one")
+       ylabel="edit (pairs)",
+       xlabel="share of spoiled pictures that the reward ranks below the true one (bars: 95%)")
 plt.show()
 print("seen in 95% or more:", ", ".join(k for k in order if seen[k] >= 0.95) or "none")
 print("missed in more than a fifth:", ", ".join(k for k in order if seen[k] < 0.8) or "none")
 
 # %% [markdown]
-# **Check.** The judge sees every one of these faults (the `assert` says so), the reward does not.
-# A policy that is trained on this reward will find out which. That is why every number this
-# repository quotes comes from the judge, and why `train.py` measures this share, by kinds of
-# fault, before *and after* alignment.
+# **Check.** The judge sees every one of these faults (the `assert` says so); the reward does not.
+# A policy that is trained on this reward will find out which faults go unseen. That is why every
+# number this repository quotes comes from the judge, and why `train.py` measures this share, for
+# each kind of fault, before *and after* alignment.
 #
 # ## Rewards from preferences
 #
@@ -236,8 +247,8 @@ course.check(bradley_terry)
 
 # %% [markdown]
 # > **Predict.** Eight players with known strengths play 5,000 games; we learn the strengths from
-# > the results alone. Will we find the true numbers? Their order? And if a fifth of the results is
-# > written down the wrong way round, or if there are only 500 games?
+# > the results alone. Will we find the true numbers? Their order? What if a fifth of the results
+# > are recorded the wrong way round, or if there are only 500 games?
 
 # %%
 loss_of = course.use(bradley_terry)
@@ -264,29 +275,36 @@ def fitted(strengths, games, flipped, seed=0):
 
 
 # %%
-strengths, seeds = torch.linspace(-2, 3, 8), 30
-figure, ax = plt.subplots(figsize=(4, 2.8))
-for share, color in ((0.0, BLUE), (0.2, RED)):
-    learned = fitted(strengths, 5000, share)
-    ax.plot(strengths, learned, "o-", color=color, label=f"{share:.0%} of the results wrong")
-ax.plot(strengths, strengths - strengths.mean(), ":", color=GREY, label="true, moved to mean 0")
-ax.set(xlabel="true strength", ylabel="learned R", title="Wrong labels shrink the scale")
-ax.legend(fontsize=8)
-plt.show()
+strengths, seeds, fits = torch.linspace(-2, 3, 8), 30, {}
 for games in (500, 5000):
     for share in (0.0, 0.2):
-        fits = torch.stack([fitted(strengths, games, share, seed) for seed in range(seeds)])
-        whole = int((fits.diff(dim=1) > 0).all(1).sum())
+        some = torch.stack([fitted(strengths, games, share, seed) for seed in range(seeds)])
+        fits[games, share] = some - some.mean(1, keepdim=True)  # the level is free: mean 0
+        whole = int((some.diff(dim=1) > 0).all(1).sum())
         print(f"{games:5} games, {share:3.0%} wrong: order right in {whole} of {seeds} seeds")
+figure, ax = plt.subplots(figsize=(4.8, 3))
+true = strengths - strengths.mean()
+for share, color in ((0.0, BLUE), (0.2, RED)):
+    some = fits[5000, share]
+    slope = float((some.mean(0) @ true) / (true @ true))
+    half = T_QUANTILES[seeds - 2] * some.std(0) / seeds**0.5
+    ax.errorbar(strengths, some.mean(0), half, fmt="o-", color=color, markersize=4,
+                label=f"{share:.0%} of the results wrong: slope {slope:.2f}")
+ax.plot(strengths, true, ":", color=GREY, label="true, moved to mean 0: slope 1")
+ax.set(xlabel="true strength, nats", ylabel="learned R, nats",
+       title=f"5,000 games, {seeds} seeds: mean, 95% interval")
+ax.legend(fontsize=8)
+plt.show()
 
 # %% [markdown]
 # **Check.** The level is lost: only differences of R count (`reward.py` sets it afterwards by an
-# *anchor*, R7). Wrong labels shrink the differences: a model that is told the weaker one sometimes
-# wins becomes careful. The order, which is what a group-relative method needs, survives them **if
-# there are enough games**; with few, neighbours change places, and wrong labels make that worse.
+# *anchor*, R7). Wrong labels shrink the differences: a model that is told that the weaker player
+# sometimes wins becomes cautious. The order, which is what a group-relative method needs, survives
+# **if there are enough games**; with few, neighbours change places, and wrong labels make that
+# worse.
 #
-# Where do pairs come from here? By turns a caption or a picture is spoiled by one edit, and, in
-# `train.py`, samples of the base are ranked by the CLIP score.
+# Where do pairs come from here? Captions and pictures take turns at being spoiled by one edit,
+# and, in `train.py`, samples of the base are ranked by the CLIP score.
 
 # %%
 pairs, tiles, words = make_pairs(world, random.Random(4), 6), [], []
