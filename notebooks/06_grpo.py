@@ -5,7 +5,7 @@
 # advantages, ratio, clip, KL; why the loss is 0 while the model learns; how many groups teach
 # nothing; and which patch of a picture deserves the credit.
 #
-# From `grpo.py`. Two planted bugs are waiting.
+# From `grpo.py`. There are two planted bugs.
 
 # %%
 import copy
@@ -51,7 +51,7 @@ for scale in ("group", "batch", "none"):
         print("  ", *(f"{a:+7.3f}" for a in row))
 
 # %% [markdown]
-# **Check.** With `scale="group"`: ±0.87, not ±1, since it is the sample std. A lonely success
+# **Check.** With `scale="group"`: ±0.87, not ±1, since it is the sample std. A single success
 # counts 1.5. Equal rewards give exactly 0. And the last row: dividing by the group's own std blows
 # a difference of 0.001 up to nearly that of a whole success. `"group"` is the published form and
 # the default of `group_advantages`; `train.py` calls it with `"batch"` (its `--scale`), which
@@ -85,12 +85,13 @@ for ax, a in zip(axes, (1.0, -1.0)):
     objective = [-grpo_loss(x[i : i + 1], 0 * one, None, A, one)[0] for i in range(281)]
     (slope,) = torch.autograd.grad(sum(objective), x)
     y, flat = torch.stack(objective).detach(), slope[:, 0].abs() < 1e-6
-    ax.plot(ratio, y, color=BLUE)
+    ax.plot(ratio, y, color=BLUE, label="with a gradient")
     ax.plot(ratio[flat], y[flat], color=RED, linewidth=3, label="gradient 0")
-    ax.axvspan(0.8, 1.2, color="#eef1f5", zorder=0)
-    ax.set(xlabel="ratio", title=f"A = {a:+.0f}: no more push {'up' if a > 0 else 'down'}")
-    ax.legend(loc="upper left" if a > 0 else "upper right")
-axes[0].set_ylabel("objective")
+    ax.axvspan(0.8, 1.2, color="#eef1f5", zorder=0, label="1 ± 0.2, the clip range")
+    start, end = float(ratio[flat].min()), float(ratio[flat].max())
+    ax.set(xlabel="ratio (G4)", title=f"A = {a:+.0f}: flat from {start:.2f} to {end:.2f}")
+axes[0].set_ylabel("objective (minus G7)")
+figure.legend(*axes[0].get_legend_handles_labels(), ncols=3, loc="outside lower center")
 plt.show()
 
 # %% [markdown]
@@ -132,18 +133,18 @@ for distance in np.geomspace(0.05, 3, 25):
 # %%
 exact, k1_std, k3_std = np.array(rows).T
 figure, ax = plt.subplots(figsize=(4.8, 2.5))
-ax.loglog(exact, k1_std, color=GREY, label="k1")
-ax.loglog(exact, k3_std, color=BLUE, label="k3")
+ax.loglog(exact, k1_std, color=GREY, label="k1 = log p − log p_ref")
+ax.loglog(exact, k3_std, color=BLUE, label="k3 = exp(d) − d − 1")
 better = exact[k3_std < k1_std].max()
-ax.set(xlabel="exact KL, nats", ylabel="std of an estimate from one token",
+ax.set(xlabel="exact KL, nats", ylabel="std of one token, nats",
        title=f"k3 scatters less near the reference (here: below {better:.1f} nats)")
 ax.legend()
 plt.show()
 
 # %% [markdown]
 # **Check.** Both are right on average (the cell asserts it). Near the reference, where a KL
-# penalty keeps the policy, k3 scatters far less. Far from it k3 scatters *more*: exp(d) is huge
-# where a token became very improbable. That is the spike one sees in training curves.
+# penalty keeps the policy, k3 scatters far less. Far from it, k3 scatters *more*: exp(d) is huge
+# where a token has become very improbable. Those are the spikes that one sees in training curves.
 #
 # ## “Why is my loss 0?”
 #
@@ -180,7 +181,7 @@ for i in range(4):
 
 # %% [markdown]
 # **Check.** First pass: the ratio is exactly 1, so the loss is minus the mean advantage, which is
-# 0 by construction. Its *gradient* is the whole learning signal. Watch the reward, not the loss.
+# 0 by construction. Its *gradient* is the entire learning signal. Watch the reward, not the loss.
 # From the second pass on the policy has moved, the loss is negative, and some ratios are outside
 # the clip range.
 #
@@ -212,30 +213,31 @@ tokens = sample(base.model, captions, course.rows(base, "caption", shown), 16, n
 texts = outputs(captions, tokens, base.vocab, base.codebook)
 hit = torch.tensor([text == shown[i // 16].answer for i, text in enumerate(texts)]).float()
 sizes, p, chance = (2, 4, 8, 16), float(hit.mean()), course.use(zero_spread)
-idle = [float((hit.view(-1, n).std(1) == 0).float().mean()) for n in sizes]
-alike = [chance(p, n) for n in sizes]
-figure, ax = plt.subplots(figsize=(4.6, 2.5))
-for x, y, color, label in ((-0.2, idle, RED, "measured"),
-                           (0.2, alike, GREY, f"if each prompt had p = {p:.2f}")):
-    bars = ax.bar(np.arange(4) + x, y, 0.4, color=color, label=label)
-    ax.bar_label(bars, [f"{v:.0%}" for v in y], fontsize=7)
-ax.set(xticks=range(4), xticklabels=sizes, xlabel="group size", ylabel="share of groups",
-       ylim=(0, 1), title="Groups without any spread: no gradient but the KL's")
+equal = [(hit.view(-1, n).std(1) == 0).numpy() for n in sizes]  # one bool a group
+idle, alike = [float(x.mean()) for x in equal], [chance(p, n) for n in sizes]
+figure, ax = plt.subplots(figsize=(5.2, 2.6))
+for x, y, yerr, color, label in (
+        (-0.2, idle, course.reach(equal), RED, "measured, with 95% intervals"),
+        (0.2, alike, None, GREY, f"if each prompt had p = {p:.2f}")):
+    bars = ax.bar(np.arange(4) + x, y, 0.4, yerr=yerr, color=color, label=label)
+    ax.bar_label(bars, [f"{v:.0%}" for v in y], fontsize=7, padding=2)
+ax.set(xticks=range(4), xticklabels=sizes, xlabel="group size G", ylabel="share of groups",
+       ylim=(0, 1), title=f"No spread: {idle[0]:.0%} of the groups of 2, {idle[-1]:.0%} of 16")
 ax.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
 # **Check.** With a larger group fewer groups are uninformative, but each step costs more. Prompts
-# that differ can only make it worse: your formula is convex in p, so that easy and hopeless
-# prompts add more groups without spread than middling ones save (Jensen). Here they differ little,
-# since every picture has one object. `train.py` samples more questions than it keeps, and keeps
-# the groups with the widest spread.
+# that differ can only make it worse: your formula is convex in p, so easy and hopeless prompts add
+# more groups without spread than prompts in between save (Jensen). Here they differ little, since
+# every picture has one object. `train.py` samples more questions than it keeps, and keeps the
+# groups with the widest spread.
 #
 # ## Who deserves the credit?
 #
 # GRPO gives all 16 tokens of a picture the same advantage. But which token decided? We finish a
 # drawing 512 times from each of its prefixes and ask the judge how often the *whole* picture is
-# right. (Here it only explains; nothing is trained on it.)
+# right. (The judge only explains here; nothing is trained on it.)
 
 # %%
 def given_prefix(layout, known):
@@ -277,21 +279,24 @@ values = [prefix_values(example, tokens[i]) for i in picked]
 assert all(v[16] == right[i] for i, v in zip(picked, values))  # the credits add up to the outcome
 
 # %%
-figure, axes = plt.subplots(2, 4, figsize=(7.4, 3.5), width_ratios=(1, 1, 1, 0.06))
+figure, axes = plt.subplots(2, 4, figsize=(7.8, 3.7), width_ratios=(1, 1, 1, 0.06))
 for column, (i, v) in enumerate(zip(picked, values)):
     credit = np.diff(v).reshape(4, 4)
     title = ("right: A > 0", GREEN) if right[i] else ("wrong: A < 0", RED)
     axes[0, column].imshow(pictures[i, 0])
-    axes[0, column].set_title(f"{title[0]} for all 16", loc="center", color=title[1])
+    axes[0, column].set_title(title[0], loc="center", color=title[1])
+    axes[1, column].set_title(f"{v[0]:.2f} → {v[16]:.0f}", loc="center", fontweight="normal")
     image = axes[1, column].imshow(credit, cmap="RdBu", vmin=-1, vmax=1)
     for (y, x), c in np.ndenumerate(credit):
         axes[1, column].text(x, y, f"{c:+.2f}" if abs(c) > 0.1 else "·", ha="center", va="center",
                              fontsize=8, color="white" if abs(c) > 0.5 else "black")
 for ax in axes.flat:
     ax.axis("off")
-figure.colorbar(image, cax=axes[1, 3], label="credit")
+for ax, label in zip(axes[:, 0], ("drawing", "credit of\neach patch")):
+    ax.text(-0.1, 0.5, label, ha="right", va="center", transform=ax.transAxes)
+figure.colorbar(image, cax=axes[1, 3], label="change of the chance\nto end right")
 axes[1, 3].axis("on")
-figure.suptitle(f"“{example.prompt}”", fontsize=10, fontweight="bold")
+figure.suptitle(f"“{example.prompt}”: chance to end right, before → after all tokens", fontsize=10)
 plt.show()
 for i, v in zip(picked, values):
     steps = np.sort(np.abs(np.diff(v)))
@@ -299,10 +304,11 @@ for i, v in zip(picked, values):
           f"2 of the 16 steps make {steps[-2:].sum() / steps.sum():.0%} of all movement")
 
 # %% [markdown]
-# **Check.** The numbers say by how much each patch changed the chance to end right; they add up to
-# the outcome minus the chance at the start. Most are near 0; the fate of a picture is sealed where
-# an object begins. GRPO knows nothing of this: it pays all tokens alike and leaves it to many
-# groups to average the innocent ones out. That is its price for having no value network.
+# **Check.** The numbers say by how much each patch changed the chance to end right (`·`: by at
+# most 0.1); they add up to the outcome minus the chance at the start. Most are near 0; the fate of
+# a picture is sealed where an object begins. GRPO knows nothing of this: it rewards all tokens
+# alike and relies on many groups to average out those that made no difference. That is the price
+# of having no value network.
 #
 # ## Planted bug: the mean
 #
