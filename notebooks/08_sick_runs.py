@@ -155,7 +155,7 @@ print(f"the same numbers {gap_of(exact, exact, valid):.4f}",
 # %%
 def alarm(values, limit, patience):
     """Exercise 2. The first step (counted from 0) at which a value has been above the limit
-    `patience` times on end, this one included; None if there is no such step."""
+    `patience` times in a row, this one included; None if there is no such step."""
     raise NotImplementedError
 
 

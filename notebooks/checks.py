@@ -507,7 +507,7 @@ def alarm(answer):
              ([-1, -0.2, -0.1, -3], -0.5, 2, 2)]  # fmt: skip
     for values, limit, patience, expected in cases:
         got = answer(list(values), limit, patience)
-        hint = f"alarm({values}, {limit}, {patience}) gives {got}: count on end, strictly above"
+        hint = f"alarm({values}, {limit}, {patience}) gives {got}: count steps in a row, strictly above"
         assert got is expected or (got == expected and got is not None), hint
 
 

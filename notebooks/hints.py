@@ -185,7 +185,7 @@ HINTS = {
         "nothing is an error, so a mask without a valid token needs its own answer.",
     ),
     "alarm": (
-        "Keep a counter of how often on end the limit was passed.",
+        "Keep a counter of how many values in a row were above the limit.",
         "A value that is not strictly above the limit sets the counter back to 0.",
         "After each value compare the counter with the patience; the first time they are equal is "
         "the answer. If the loop ends without it, there was no alarm.",
