@@ -5,8 +5,8 @@
 # the model of this course ever reads or writes; how much of a picture survives that; and how noisy
 # the captions are that the model learns from.
 #
-# Everything here comes from `data.py` and the codebook of `model.py`. Nothing is trained but a
-# k-means.
+# Everything here comes from `data.py` and the codebook of `model.py`. Nothing is trained except a
+# k-means codebook.
 
 # %%
 import random
@@ -54,8 +54,8 @@ course.show([data.render(s) for s in scenes], titles, columns=4, size=1.5)
 
 # %% [markdown]
 # > **Predict.** We draw `paired` scenes (one or two objects) again and again. How many *different*
-# > pictures are there in all: hundreds, thousands, millions? And how many different 8 × 8 patches
-# > do they consist of?
+# > pictures are there in all: hundreds, thousands, millions? And of how many different 8 × 8
+# > patches do they consist?
 
 # %%
 def distinct(rows):
@@ -81,19 +81,20 @@ for (name, values), color in zip(counts.items(), (BLUE, RED)):
 ax.loglog(sizes, sizes, ":", color=GREY)
 ax.text(1800, 3500, "all different", color=GREY, ha="right")
 ax.set(xlabel="scenes drawn", ylabel="different ones among them", xlim=(25, 12000),
-       title="A few patches make thousands of pictures")
+       title=f"{counts['patches of 8 × 8 pixels'][-1]} patches make {one + two:,} pictures")
 plt.show()
 
 # %% [markdown]
-# **Check.** Pictures go on growing towards their number; patches stop early. So a picture can be
-# written as 16 patch *numbers*, and a list of the patches (the **codebook**) turns numbers back
-# into pixels: no image encoder needs to be trained. The price: pre-training sees practically *all*
-# pictures of the pool, so a fair test must ask for something else (three objects, pairs held out).
+# **Check.** The number of pictures keeps growing; the number of patches soon stops. So a picture
+# can be written as 16 patch *numbers*, and a list of the patches (the **codebook**) turns numbers
+# back into pixels: no image encoder needs to be trained. The price: pre-training sees practically
+# *all* pictures of the pool, so a fair test must ask for something else (three objects, pairs held
+# out).
 #
 # ## From pixels to codes
 #
 # (M1) a patch gets the number of the nearest codebook entry; (M2) an entry is the mean of its
-# patches. First yours, by hand.
+# patches. Write them yourself first.
 
 # %%
 def cut_patches(picture, p):
@@ -136,7 +137,8 @@ books = {k: Codebook.fit(some, k, patch=8) for k in (4, 8, 16, 32, 64, 128)}
 three = np.stack([data.render(sample_scene(random.Random(s), "three")) for s in (1, 2)])
 views = [three] + [book.decode(book.encode(three)).numpy() for book in books.values()]
 names = ["original"] + [f"{k} codes" for k in books]
-course.show([view[i] for i in (0, 1) for view in views], names * 2, columns=7, size=1.05)
+course.show([view[i] for i in (0, 1) for view in views], names + [""] * 7, columns=7, size=1.05,
+            labels=("scene 1", "scene 2"))
 for k, book in books.items():
     db = book.psnr(some)
     lost = f"{db:.1f} dB" if db < float("inf") else "nothing is lost"
@@ -150,7 +152,7 @@ for k, book in books.items():
 #
 # ## Captions from a careless web
 #
-# Pre-training captions are wrong or incomplete on purpose. `NOISE` holds the chance of each
+# Pre-training captions are wrong or incomplete on purpose. `NOISE` gives the chance of each
 # accident.
 #
 # > **Predict.** What share of the captions says something false of its picture?
@@ -183,13 +185,13 @@ for i, (label, color) in enumerate(outcomes.items()):
     ax.barh(list(table), part, left=left, color=color, label=label)
     left += part
 ax.invert_yaxis()
-ax.set(xlim=(0, 1), xlabel="share of the captions",
+ax.set(xlim=(0, 1), xlabel="share of 3,000 captions", ylabel="accident (its chance)",
        title=f"{table['all together'][2]:.0%} of the captions are false")
 ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
 plt.show()
 
 # %% [markdown]
-# **Check.** The chances in brackets hold for captions that *can* have the accident; few captions
+# **Check.** The chances in brackets apply to captions that *can* have the accident; few captions
 # state a relation, so `reverse` does less harm than its chance suggests. A caption that says less
 # is still true. Notebook 03 asks what a model learns from all this.
 #
@@ -205,7 +207,7 @@ for task, spans in data.LAYOUTS.items():
 
 # %% [markdown]
 # A number is the width of a text, and `?` marks what the model **chooses**; the rest is **given**.
-# A short text is filled up with `<pad>` (`·` below), a chosen one ends with `<eos>`.
+# A short text is filled up with `<pad>` (`·` below); a chosen text ends with `<eos>`.
 
 # %%
 world, rng, book = World(), random.Random(5), books[128]
@@ -220,7 +222,7 @@ for task in ("draw", "caption", "vqa", "multihop"):
 # %%
 strips = {task: course.strip(vocab.layout(task), row) for task, row in rows.items()}
 strips |= {task: course.strip(vocab.layout(task)) for task in ("text", "verify", "story")}
-course.show_rows(strips, "Seven tasks, one format")
+course.show_rows(strips, f"{len(strips)} tasks, one format")
 
 # %% [markdown]
 # **Check.** Only the two saturated colours are chosen, and only they will ever be trained, scored
