@@ -37,9 +37,9 @@ course.map(5)
 #
 # $$ J(\theta) = \mathbb{E}_{a \sim \pi_\theta}\big[r(a)\big] = \sum_a \pi_\theta(a)\, r(a) $$
 #
-# In this course an arm is a whole picture that the model could draw for a prompt, and to pull it is
-# to draw that picture. Here there are only three of them. Their rewards are of the size that the
-# CLIP of notebook 04 gives: log-probabilities, all of them negative.
+# In this course an arm is a whole picture that the model could draw for a prompt, and pulling the
+# arm means drawing that picture. Here there are only three arms. Their rewards are of the size that
+# the CLIP of notebook 04 gives: log-probabilities, all of them negative.
 
 # %%
 ARMS = ("wrong", "half right", "right")
@@ -70,7 +70,7 @@ for name, slope, p, r in zip(ARMS, exact.tolist(), policy.tolist(), reward.tolis
 
 # %% [markdown]
 # **Check.** The second column explains the first: an arm's logit grows if the arm is better than
-# the *average* $J$. The sign of the reward does not matter. This expression is an
+# the *average* $J$. The sign of the reward does not matter. The expression is an
 # **advantage**, $r(k) - J$, times the probability of the arm. We will come back to it.
 #
 # ## The score-function identity
@@ -131,8 +131,9 @@ for k, color in enumerate((RED, GOLD, GREEN)):
 ax.axhline(0, color="black", linewidth=0.8)
 labels = [f"pulled: {name}\n(p = {p:.1f})" for name, p in zip(ARMS, policy.tolist())]
 ax.set(xticks=range(4), xticklabels=[*labels, "expectation\n(= gradient of J)"],
-       ylabel="gradient, reward per logit", title="One pull tells little about the gradient")
-ax.legend(title="logit of", fontsize=8, loc="lower right")
+       ylabel="gradient, reward per logit",
+       title=f"Best arm: {bars[2, 2]:+.2f} when it is pulled, {bars[3, 2]:+.2f} in expectation")
+ax.legend(title="logit of", fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 plt.show()
 
 # %% [markdown]
@@ -155,7 +156,7 @@ plt.show()
 #   && \text{probabilities sum to 1}
 # \end{aligned} $$
 #
-# So no baseline biases the gradient, whatever its value:
+# So a baseline does not bias the gradient, whatever its value:
 #
 # $$ \nabla J = \mathbb{E}_{a \sim \pi}\big[ (r(a) - b)\, \nabla \log \pi(a) \big] $$
 #
@@ -191,7 +192,7 @@ for b, label, color, left in ((0.0, "none", RED, 14), (J, "mean reward", GREEN, 
     ax.annotate(label, (b, variance(reward - b)), xytext=(-left, 8), textcoords="offset points",
                 ha="center", color=color)
 times = variance(reward) / variance(reward - J)
-ax.set(xlabel="baseline b, in units of the reward", ylabel="variance of one estimate",
+ax.set(xlabel="baseline b, in units of the reward", ylabel="variance, reward²",
        ylim=(0, None), title=f"The mean reward as baseline: {times:.0f} times less variance")
 plt.show()
 best = float(levels[int(np.argmin(curve))])
@@ -201,8 +202,8 @@ print(f"smallest at b = {best:.2f}, where it is {min(curve):.2f}; the mean rewar
 # **Check.** Both rows have the same mean up to luck, and very different variances. The mean of $n$
 # estimates has $n$ times less variance than one, so with this baseline one sample is worth six
 # without. The best $b$ is a mean in which each reward is weighted by the squared length of its
-# score; it lies near the mean reward. The variance is not 0 there: even with the best baseline one
-# pull says nothing of the other arms.
+# score; it lies near the mean reward. The variance is not 0 there: even with the best baseline, one
+# pull says nothing about the other arms.
 #
 # ## Nobody knows the mean reward
 #
@@ -252,15 +253,17 @@ curves = {"rewards": (climb(lambda r: r), GOLD),
           "advantages of rewards + 20": (climb(lambda r: mine(r + 20)), BLUE)}
 
 # %%
-figure, ax = plt.subplots(figsize=(4.8, 2.4))
+figure, ax = plt.subplots(figsize=(6.4, 2.6))
 for name, (history, color) in curves.items():
     ax.plot(history.mean(1), color=color, label=name)
     ax.fill_between(range(len(history)), *history.quantile(torch.tensor([0.05, 0.95]), dim=1),
                     color=color, alpha=0.15, linewidth=0)
-ax.axhline(float(reward.max()), color=GREY, linestyle=":")
+ax.axhline(float(reward.max()), color=GREY, linestyle=":", label="reward of the best arm")
+end = [float(history[-1].mean()) for history, _ in curves.values()]
 ax.set(xlabel="step (8 samples each)", ylabel="expected reward J",
-       title="A constant should not matter (bands: 90% of the runs)")
-ax.legend(fontsize=8, loc="lower right")
+       title=f"At the end {end[0]:.2f}; + 20: {end[1]:.2f}; advantages: {end[2]:.2f}")
+ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1),
+          title="means of 200 runs;\nbands: 90% of the runs")
 plt.show()
 for name, (history, _) in curves.items():
     end = history[-1]
@@ -287,9 +290,9 @@ for name, (history, _) in curves.items():
 #   && \text{the bracket: a baseline from the others only}
 # \end{aligned} $$
 #
-# It is an unbiased advantage times a constant, which shortens every step and can be made up for by
-# the learning rate. GRPO also divides by the group's standard deviation, so that rewards of any
-# unit make steps of similar size:
+# It is an unbiased advantage times a constant, which shortens every step; a higher learning rate
+# makes up for it. GRPO also divides by the group's standard deviation, so that rewards in any unit
+# make steps of similar size:
 #
 # $$ A_i = \frac{r_i - \operatorname{mean}_j r_j}{\operatorname{std}_j r_j + \epsilon} \tag{G1} $$
 #
@@ -316,16 +319,16 @@ for size in (2, 4, 8):
 
 # %% [markdown]
 # **Check.** Without the division: $(G - 1) / G$ of the length, to all digits, and the same
-# direction. With it the direction is another one, since groups of small spread are blown up more
-# than the others. So (G1) is *not* an unbiased estimate of the gradient of $J$. It is a choice that
+# direction. With it the direction changes, since groups of small spread are scaled up more than
+# the others. So (G1) is *not* an unbiased estimate of the gradient of $J$. It is a choice that
 # works well; `scale="none"` leaves it out (Dr. GRPO), and notebook 06 looks at what it does to
 # small differences.
 #
 # ## Old samples: the importance ratio
 #
 # Sampling costs time, so we would like to take several steps on the same samples. But after the
-# first step the samples come from an **old** policy. Expectations of the present policy can still
-# be had from them, if each is weighted:
+# first step the samples come from an **old** policy. They can still estimate expectations under the
+# current policy, if each sample is weighted:
 #
 # $$ \begin{aligned}
 # \mathbb{E}_{a \sim \pi}\big[ f(a) \big] &= \sum_a \pi(a)\, f(a)
@@ -352,7 +355,7 @@ def importance_estimate(logprobs, old_logprobs, values):
 course.check(importance_estimate)
 
 # %% [markdown]
-# What is its gradient? By the rule of before, backwards:
+# What is its gradient? By the same rule as before, read backwards:
 #
 # $$ \nabla \rho(a) = \frac{\nabla \pi(a)}{\pi_{\mathrm{old}}(a)}
 #    = \rho(a)\, \frac{\nabla \pi(a)}{\pi(a)} = \rho(a)\, \nabla \log \pi(a) $$
@@ -361,8 +364,8 @@ course.check(importance_estimate)
 # samples, and exactly REINFORCE where $\pi = \pi_{\mathrm{old}}$ and $\rho = 1$. That is why the
 # loss of this course has a ratio in it and no logarithm.
 #
-# > **Predict.** The old policy pulls the right arm in 2% of the cases. We move the policy towards
-# > that arm. How much does one old sample still say about the expected reward of the new policy?
+# > **Predict.** The old policy pulls the right arm in 2% of cases. We move the policy towards that
+# > arm. How much does one old sample still say about the expected reward of the new policy?
 
 # %%
 old = torch.tensor([0.68, 0.30, 0.02])
@@ -380,7 +383,8 @@ figure, ax = plt.subplots(figsize=(4.6, 2.3))
 ax.plot(shares, weighted, color=RED, label="a sample of the old policy, weighted")
 ax.plot(shares, fresh, color=BLUE, label="a fresh sample")
 ax.set(xlabel="probability of the right arm, new policy (old: 0.02)",
-       ylabel="std of one estimate of J", title="Unbiased, and soon useless")
+       ylabel="std of an estimate, reward",
+       title=f"An old sample is worse beyond {shares[np.argmax(weighted > fresh + 1e-3)]:.2f}")
 ax.legend(fontsize=8, loc="upper left")
 plt.show()
 
@@ -432,26 +436,27 @@ curves = {"one group, no clip": (reuse(NEVER, False), RED),
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(6.2, 2.2))
 for name, (history, color) in curves.items():
-    axes[0].plot(history.mean(1), color=color, label=name)
+    mean, error = history.mean(1), 2 * history.std(1) / history.shape[1] ** 0.5
+    axes[0].plot(mean, color=color, label=name)
+    axes[0].fill_between(range(len(mean)), mean - error, mean + error, color=color, alpha=0.2)
     axes[1].plot((history < J - 1e-4).float().mean(1), color=color)
-axes[0].set(xlabel="step", ylabel="expected reward J", title="Mean of 200 runs")
+axes[0].set(xlabel="step", ylabel="expected reward J", title="Mean of 200 runs ± 2 std. errors")
 axes[1].set(xlabel="step", ylabel="share of the runs", title="Runs below their start")
 figure.legend(*axes[0].get_legend_handles_labels(), ncols=3, loc="outside lower center")
-plt.show()
+course.show_small(figure, 32)
 for name, (history, _) in curves.items():
     print(f"{name:23} mean {history[-1].mean():+.2f}, worst tenth of the runs below",
           f"{history[-1].quantile(0.1):+.2f}, {(history[-1] < J - 1e-4).float().mean():.0%} harmed")
 
 # %% [markdown]
-# **Check.** Without a clip the average still rises, but a part of the runs learns the *luck* of
-# their 8 samples and gets worse the longer it looks at them. The clip does not make a group say
-# more. It stops when the group has said what it can, after a small step; then one draws fresh
-# samples.
+# **Check.** Without a clip the average still rises, but some of the runs learn the *luck* of their
+# 8 samples and get worse the longer they train on them. The clip does not make a group say more. It
+# stops when the group has said what it can, after a small step; then one draws fresh samples.
 #
 # ## The KL penalty
 #
 # A reward never says everything. The **reference**, the model before alignment, knows much that
-# the reward does not ask for, so we also pay for the distance from it:
+# the reward does not ask for, so we also penalise the distance from it:
 #
 # $$ J_\beta(\theta) = \mathbb{E}_{a \sim \pi}\big[ r(a) \big]
 #    - \beta\, \mathrm{KL}(\pi \,\|\, \pi_{\mathrm{ref}}), \qquad
@@ -495,7 +500,7 @@ for k, color in enumerate((RED, GOLD, GREEN)):
     ax.plot(np.arange(5) + 0.25 * (k - 1), found, "kx", label="found by ascent" if k == 2 else None)
 ax.set(xticks=range(5), xticklabels=betas, xlabel="β (kl_coef), reward per nat",
        ylabel="probability", title="The best policy between reward and reference")
-ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title="arm; bars: π*")
 plt.show()
 
 # %% [markdown]
@@ -529,7 +534,7 @@ plt.show()
 # $$ \log \pi(o) = \sum_{t=1}^{T} \log \pi(o_t \mid o_{<t}), \qquad
 #    A\, \nabla \log \pi(o) = \sum_{t=1}^{T} A\, \nabla \log \pi(o_t \mid o_{<t}) $$
 #
-# So the gradient of before pushes every token by the *same* advantage, that of the whole sequence.
+# So the gradient above pushes every token by the *same* advantage, that of the whole sequence.
 # The ratio of a whole sequence would be the product of the ratios of its tokens and would soon be
 # far from 1: if each of 16 is 1.1, it is 4.6. GRPO therefore takes one ratio for each *token* and
 # clips each. That is an approximation, exact where all ratios are 1. Rows have different lengths,
@@ -601,10 +606,10 @@ def logprobs_of(table, words):
 
 
 # %%
-def grpo(kl_coef, steps=61, prompts=4, group=8, epochs=2, lr=4.0):
+def grpo(kl_coef, seed, steps=61, prompts=4, group=8, epochs=2, lr=4.0):
     """GRPO on a table: share of right words and entropy of the right ones, step by step."""
     table, history = torch.zeros(3, 3, 3, requires_grad=True), []
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
     ref = logprobs_of(table, WORDS).detach()
     for _ in range(steps):
         old = logprobs_of(table, WORDS).detach()
@@ -623,16 +628,19 @@ def grpo(kl_coef, steps=61, prompts=4, group=8, epochs=2, lr=4.0):
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(6.2, 2.2))
 for kl_coef, color in ((0.0, RED), (0.1, BLUE), (0.5, GREEN)):
-    share, different = grpo(kl_coef).T
-    axes[0].plot(share, color=color, label=f"kl_coef = {kl_coef:g}")
-    axes[1].plot(different, color=color)
-    print(f"kl_coef {kl_coef:g}: right {share[0]:.2f} -> {share[-1]:.2f},",
-          f"different right words {different[0]:.1f} -> {different[-1]:.1f}")
-axes[0].set(xlabel="step", ylabel="share", title="Words that are right", ylim=(0, 1.02))
-axes[1].set(xlabel="step", ylabel="exp of the entropy", title="Different right words",
+    runs = np.stack([grpo(kl_coef, seed) for seed in range(4)])  # (seeds, steps, 2)
+    for ax, y in zip(axes, runs.transpose(2, 1, 0)):  # y: (steps, seeds)
+        ax.plot(y, color=color, linewidth=0.5, alpha=0.5)
+        ax.plot(y.mean(1), color=color, label=f"kl_coef = {kl_coef:g}")
+    (share, different), mean = runs[:, -1].T, runs.mean(0)
+    print(f"kl_coef {kl_coef:g}: right {mean[0, 0]:.2f} -> {mean[-1, 0]:.2f}",
+          f"({share.min():.2f} to {share.max():.2f}), different right words",
+          f"{mean[0, 1]:.1f} -> {mean[-1, 1]:.1f} ({different.min():.1f} to {different.max():.1f})")
+axes[0].set(xlabel="step", ylabel="share of samples", title="Words that are right", ylim=(0, 1.02))
+axes[1].set(xlabel="step", ylabel="exp(entropy), words", title="Different right words",
             ylim=(0, 6.2))
-axes[0].legend(fontsize=8)
-plt.show()
+axes[0].legend(fontsize=8, title="mean of 4 seeds")
+course.show_small(figure, 32)
 
 # %% [markdown]
 # **Check.** Nobody showed the policy a right word: it found them by trying. But it also gave up
