@@ -73,19 +73,20 @@ def random_weights(config):
 
 
 lively = random_weights(model.config)
-maps = {"fresh model: no mixing at all": influence(model, rows[0], layout.patch),
-        "random weights: the past reaches on": influence(lively, rows[0], layout.patch)}
+maps = {"fresh model": influence(model, rows[0], layout.patch),
+        "random weights": influence(lively, rows[0], layout.patch)}
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(6.6, 3.1))
-for ax, (title, x) in zip(axes, maps.items()):
-    ax.imshow(torch.where(x > 1e-6, x, torch.nan), cmap="Blues", vmin=0)
+figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.1))
+for ax, (name, x) in zip(axes, maps.items()):
+    image = ax.imshow(torch.where(x > 1e-6, x, torch.nan), cmap="Blues", vmin=0)
+    figure.colorbar(image, label="distance moved (grey: 0)", shrink=0.8)
     ax.set_facecolor("#f3f1ec")
-    ax.set(title=title, xlabel="state", ylabel="changed token")
+    before, after = (int((part > 1e-6).sum()) for part in (x.tril(-1), x.triu(1)))
+    ax.set(title=f"{name}: {before} earlier, {after} later", xlabel="column of the state",
+           ylabel="column of the changed token")
+figure.suptitle("States that move when a token is changed", fontsize=10)
 plt.show()
-for title, x in maps.items():
-    before, after = ((part > 1e-6).sum() for part in (x.tril(-1), x.triu(1)))
-    print(f"{title:36} states moved before the change: {before}, after it: {after}")
 
 # %% [markdown]
 # **Check.** There is nothing below the diagonal: a state cannot know what comes after it, so one
@@ -115,14 +116,13 @@ g = torch.Generator().manual_seed(1)
 query, key = torch.randn(2, 12, generator=g)
 turn = rotation(torch.arange(24), 12)
 q, k = (rotate(x.expand(24, 12), turn) for x in (query, key))
-figure, ax = plt.subplots(figsize=(3.9, 2.9))
+figure, ax = plt.subplots(figsize=(4.4, 2.9))
 image = ax.imshow(q @ k.T, cmap="RdBu", vmin=-12, vmax=12)
 figure.colorbar(image, label="q · k")
-ax.set(title="The same along every diagonal", xlabel="position of the key",
-       ylabel="position of the query")
-plt.show()
 spread = max(float((q @ k.T).diagonal(d).std()) for d in range(-20, 21))
-print(f"largest standard deviation along a diagonal: {spread:.1e}")
+ax.set(title=f"Standard deviation along a diagonal: at most {spread:.0e}",
+       xlabel="position of the key", ylabel="position of the query")
+plt.show()
 
 # %% [markdown]
 # **Check.** Stripes: the product depends on how far apart the two are, not on where they are. For
@@ -177,9 +177,9 @@ for patch in (16, 8, 4, 2):
     prompts = words.rows("draw", examples, other.encode(pictures_of(examples)))
     results = []
     for name, sampler in zip(seconds, (sample_uncached, cached)):
-        begin, noise = time.perf_counter(), torch.Generator().manual_seed(0)
+        begin, noise = time.process_time(), torch.Generator().manual_seed(0)
         results.append(sampler(policy, words.layout("draw"), prompts, noise))
-        seconds[name].append(time.perf_counter() - begin)
+        seconds[name].append(time.process_time() - begin)
     equal.append(float((results[0] == results[1]).float().mean()))
 
 # %%
@@ -187,7 +187,7 @@ figure, ax = plt.subplots(figsize=(4.6, 2.8))
 for (name, y), color in zip(seconds.items(), (RED, BLUE)):
     ax.loglog((4, 16, 64, 256), y, "o-", label=name, color=color)
 times = seconds["without a cache"][-1] / seconds["with a cache"][-1]
-ax.set(xlabel="tokens a picture", ylabel="seconds for 4 pictures", xticks=(4, 16, 64, 256),
+ax.set(xlabel="tokens a picture", ylabel="processor seconds, 4 pictures", xticks=(4, 16, 64, 256),
        xticklabels=(4, 16, 64, 256), title=f"256 tokens: {times:.0f} times faster with a cache")
 ax.minorticks_off()
 ax.legend()
@@ -230,7 +230,7 @@ won = torch.bincount((p / noise).argmax(1), minlength=4) / 20000
 figure, ax = plt.subplots(figsize=(3.8, 2.2))
 ax.bar(np.arange(4) - 0.2, p, 0.4, color=GREY, label="p")
 ax.bar(np.arange(4) + 0.2, won, 0.4, color=BLUE, label="share of races won")
-ax.set(xticks=range(4), xlabel="id", ylabel="probability",
+ax.set(xticks=range(4), xlabel="id", ylabel="probability, share",
        title=f"The race is fair: at most {(won - p).abs().max():.3f} off")
 ax.legend()
 plt.show()
