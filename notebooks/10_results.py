@@ -303,7 +303,7 @@ image = ax.imshow(grid, cmap="RdBu", vmin=-0.4, vmax=0.4, aspect="auto")
 figure.colorbar(image, label="lvrpo minus the method below")
 ax.set(yticks=range(len(rows)), yticklabels=rows, xticks=range(len(columns)), xticklabels=columns,
        title="● “replicated”   ○ but Student's t holds 0")
-plt.show()
+course.show_small(figure)
 
 # %%
 for name, others in (("baselines", columns[:4]), ("controls", columns[4:])):
@@ -360,7 +360,7 @@ ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), yticks=ran
 ax.tick_params(labelsize=7)
 ax.legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in COLORS.values()], COLORS, fontsize=7,
           ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.07))  # fmt: skip
-plt.show()
+course.show_small(figure)
 
 # %%
 unified = {c["metric"]: c for c in claims if c["against"] == "unified"}

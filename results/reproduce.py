@@ -1,7 +1,7 @@
 """The study behind the paper's claims, in one go: every method, the ablations, real pictures.
 
-lvrpo trains the base of its seed; all others start there, see what it sees and get its seconds.
-The rule for every verdict stands in rule.md, what each method learns from in claims.md. Given
+lvrpo trains the base of its seed; all others start there. Baselines see what it sees and get about
+its seconds; controls differ as rule.md says, which also has the rule for every verdict. Given
 again, the command goes on where it stopped; claims.py judges what is finished.
 
     $ python results/reproduce.py --data-dir data      # two cores: see what it says at the start
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eval import Parser
 from train import make_config
 
-MINUTES = {"lvrpo": 9, "best_of_n": 5}  # of one core, with the cpu preset; any other run: 4
+MINUTES = {"lvrpo": 8}  # of one core, with the cpu preset; any other run: 5
 ABLATIONS = {  # one change of lvrpo each; groups of 2 have as many samples
     "reward-rule": {"contrast": 0.0},
     "reward-learned": {"contrast": 0.0, "reward": "learned"},
@@ -57,7 +57,7 @@ def reproduce(out, results, preset, seeds=5, real_seeds=3, jobs=2, **flags):
     the tables of the claims; ValueError names the runs that failed."""
     out, failed, done = Path(out), [], {}
     runs = list(plan(out, seeds, real_seeds))
-    minutes = sum(MINUTES.get(change.get("method"), 4) for _, change in runs) / jobs
+    minutes = sum(MINUTES.get(change.get("method"), 5) for _, change in runs) / jobs
     print(f"{len(runs)} runs: {minutes:.0f} minutes with the cpu preset; finished ones are kept")
     flags |= {"preset": preset, "threads": max(1, torch.get_num_threads() // jobs)}
 

@@ -110,23 +110,23 @@ def test_the_committed_tables_come_out_of_the_committed_outcomes(command):
     assert done.status == 0 and "the committed tables come out of it" in done.out
 
 
-VERDICTS = {"replicated": "**holds**", "direction only": "direction only",
-            "undetermined": "undetermined", "not replicated": "**does not hold**"}  # fmt: skip
+MARKS = {"replicated": "✓", "direction only": "↑", "undetermined": "?", "not replicated": "✗"}
 
 
 def test_the_readme_says_what_the_study_found():
     done = json.loads((ROOT / "results/claims.json").read_text(encoding="utf-8"))
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    number = r"([\d.]*)"
-    line = rf"\| `([\w @]+)` \| {number} \| {number} \| ([+−])([\d.]+) ± ([\d.]+) \| ([\w* ]+) \|"
-    rows = re.findall(line, text)
-    assert len(rows) >= 8
-    found = {c["metric"]: c for c in done["claims"] if c["against"] == "unified"}
-    for metric, ours, theirs, sign, difference, half, verdict in rows:
-        c = found[metric]
-        assert (sign == "+") == (c["difference"] > 0) and verdict == VERDICTS[c["verdict"]]
+    text, number = (ROOT / "README.md").read_text(encoding="utf-8"), r"([\d.]*)"
+    values = rf"{number} \| {number} \| ([+−])([\d.]+) ± ([\d.]+)"
+    rows = re.findall(rf"\| `([\w @]+)` \| {values} \| ([✓↑?✗ ]+) \|", text)
+    assert len(rows) == 10
+    claims_of = {(c["metric"], c["against"]): c for c in done["claims"]}
+    for metric, ours, theirs, sign, difference, half, marks in rows:
+        c = claims_of[metric, "unified"]
+        assert (sign == "+") == (c["difference"] > 0)
         assert difference == f"{abs(c['difference']):.3f}"
         assert half == f"{c['high'] - c['difference']:.3f}"
+        verdicts = [claims_of[metric, other]["verdict"] for other in claims.BASELINES]
+        assert marks.split() == [MARKS[verdict] for verdict in verdicts]
         for shown, method in ((ours, "lvrpo"), (theirs, "unified")):
             assert not shown or shown == f"{done['methods'][method][metric]['mean']:.3f}"
 
