@@ -1,4 +1,4 @@
-# make train: set up, align, train the obvious alternative from the same base, compare (10 minutes)
+# make train: set up, align, train the obvious alternative from the same base, compare (15 minutes)
 # make reproduce: every method, five seeds, the paper's claims (start again to go on)
 # make notebooks: run the course, refresh its outputs, print the minutes of each
 # make gpu: all that a GPU should be asked, into results/gpu, with a PYTHON that has torch

@@ -22,7 +22,7 @@
 step, task and process, so a resumed run needs weights, optimizer state and the step, and then
 equals an uninterrupted one.
 
-    $ python train.py                      # two-core CPU: the `cpu` preset, 5 minutes
+    $ python train.py                      # CPU: the `cpu` preset, 8 minutes on a core
     $ python train.py --device cuda        # one GPU: `gpu`; several: torchrun --nproc_per_node=N
     $ python train.py --method unified --base runs/NAME      # the alternative, from the same base
 """
