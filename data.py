@@ -331,8 +331,8 @@ def scene_edits(scene):
         kind = "twice" if new in [o.kind for o in scene] else "add"
         yield kind, [*scene, Object(*new, size, *cell, scene[0].dx, scene[0].dy)]
     for a, b in itertools.combinations(scene, 2):
-        moved = {a: b[3:5], b: a[3:5]}
-        yield "relation", [Object(*o[:3], *moved.get(o, o[3:5]), *o[5:]) for o in scene]
+        cells = {a: b.cell, b: a.cell}
+        yield "relation", [Object(*o[:3], *cells.get(o, o.cell), *o[5:]) for o in scene]
 
 
 def by_kind(pairs):

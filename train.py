@@ -271,7 +271,8 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA asks for it
             torch.use_deterministic_algorithms(True)
         self.device, self.dtype, self.reason = pick_device(config.device)
-        torch.set_float32_matmul_precision("high")  # on a GPU TF32, where bfloat16 is not used
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 where bfloat16 is not used
         self.sources = make_sources(config.data, config.data_dir, config.jitter, config.download)
         self.judges, self.graphs = {}, {}
         self.learning, self.interrupted = False, None  # is a step running? the number of a signal
@@ -602,7 +603,8 @@ def prompts_shown(run):
             elif task == "caption":
                 shown["draw"].append(e._replace(task="draw", prompt="", answer=""))
             elif task in ANSWERED:
-                shown[at_once(e).task].append(at_once(e))
+                question = at_once(e)
+                shown[question.task].append(question)
     return shown
 
 
@@ -928,22 +930,26 @@ def align(run):
     save_tensors(policy.state_dict(), run.folder / "aligned.safetensors")
 
 
+def slowness(run):
+    """How much slower a step of this method is than a plain one, here and now: medians in turns."""
+    method, policy, seconds = run.config.method, run.policy("base"), defaultdict(list)
+    update = Updater("timing", policy, 0.0)
+    steps_of = {m: next_token_step(run, policy, "timing", m) for m in ("unified", method)}
+    for step, m in itertools.product(range(7), steps_of):
+        start = time.perf_counter()
+        steps_of[m](step, update)
+        seconds[m].append(time.perf_counter() - start)
+    return statistics.median(seconds[method]) / statistics.median(seconds["unified"])
+
+
 def fitting_steps(run):
     """How many steps of a next-token method fit the seconds that rewards and alignment took in
-    the base run: by that run's own seconds a step, times how much slower a step of this method is,
-    measured here and now in turns."""
-    c, policy, seconds = run.config, run.policy("base"), defaultdict(list)
-    update, methods = Updater("timing", policy, 0.0), ("unified", c.method)
-    steps_of = {method: next_token_step(run, policy, "timing", method) for method in methods}
-    for step, method in itertools.product(range(7), methods):
-        start = time.perf_counter()
-        steps_of[method](step, update)
-        seconds[method].append(time.perf_counter() - start)
-    slowness = statistics.median(seconds[c.method]) / statistics.median(seconds["unified"])
-    slowness = slowness if c.method in OBJECTIVES else 1.0  # the others differ in data alone
-    spent = stage_seconds(Path(c.base))
+    the base run, by that run's own seconds a step."""
+    c, spent = run.config, stage_seconds(Path(run.config.base))
     budget = sum(spent.get(stage, 0.0) for stage in ("clip", "preference", "align"))
-    steps = budget / spent["pretrain"] * c.pretrain_steps / slowness
+    steps = budget / spent["pretrain"] * c.pretrain_steps
+    if c.method in OBJECTIVES:  # the others differ from pre-training in data alone
+        steps /= slowness(run)
     steps = torch.tensor(steps, device=run.device)
     if WORLD_SIZE > 1:  # clocks differ; the number of steps must not
         torch.distributed.broadcast(steps, 0)

@@ -31,7 +31,7 @@ ABLATIONS = {  # one change of lvrpo each; groups of 2 have as many samples
     "kl-0.2": {"kl_coef": 0.2},
     "groups-of-2": {"group_size": 2, "prompts": 64},
 }
-REAL = {"data": "fashion_mnist", "tasks": "draw,caption,vqa,text"}  # three seeds
+REAL = {"data": "fashion_mnist", "tasks": "draw,caption,vqa,text", "download": True}
 
 
 def plan(out, seeds, real_seeds):
