@@ -1,12 +1,12 @@
 # %% [markdown]
 # # 01 · The world and its tokens
 #
-# **You will see** how a picture and a sentence become one row of whole numbers, which is all that
-# the model of this course ever reads or writes; how much of a picture survives that; and how noisy
-# the captions are that the model learns from.
+# **You will see** how a picture and a sentence become one row of whole numbers, the only thing that
+# the model of this course reads or writes; how much of a picture survives that; and how noisy its
+# training captions are.
 #
-# Everything here comes from `data.py` and the codebook of `model.py`. Nothing is trained except a
-# k-means codebook.
+# The code is in `data.py`, and the codebook in `model.py`. Nothing is trained except that codebook,
+# by k-means.
 
 # %%
 import random
@@ -28,8 +28,8 @@ course.map(1)
 # %% [markdown]
 # ## A scene is a small record
 #
-# One to three coloured shapes on a 2 × 2 grid of cells. Picture, captions, questions and answers
-# are all derived from the record, so every answer is known exactly. That is the point of a
+# It holds one to three coloured shapes on a 2 × 2 grid of cells. Picture, captions, questions and
+# answers are all derived from this record, so every answer is known exactly. That is the point of a
 # synthetic world: we can always tell who is right.
 
 # %%
@@ -40,9 +40,9 @@ for o in scene:
 course.show([data.render(scene)], [true_caption(rng, scene).text()], columns=1, size=1.6)
 
 # %% [markdown]
-# Four *pools* of scenes decide what a model may learn from what. Pictures of the pool `paired`
-# come with captions; scenes of `prompted` and `three` are only asked for, in alignment; `heldout`
-# has pairs of kinds that no training text names.
+# Scenes belong to four *pools*, which decide what a model may learn from them. Pictures of the pool
+# `paired` come with captions; those of `prompted` and `three` never do, but alignment uses them for
+# prompts; `heldout` has pairs of kinds (colour and shape) that no training text names.
 
 # %%
 rng, scenes, titles = random.Random(1), [], []
@@ -53,9 +53,9 @@ for pool in data.COUNTS:
 course.show([data.render(s) for s in scenes], titles, columns=4, size=1.5)
 
 # %% [markdown]
-# > **Predict.** We draw `paired` scenes (one or two objects) again and again. How many *different*
-# > pictures are there in all: hundreds, thousands, millions? And of how many different 8 × 8
-# > patches do they consist?
+# > **Predict.** We sample `paired` scenes (one or two objects) again and again. How many
+# > *different* pictures are there in all: hundreds, thousands, millions? And how many different
+# > 8 × 8 patches do they contain?
 
 # %%
 def distinct(rows):
@@ -87,14 +87,14 @@ plt.show()
 # %% [markdown]
 # **Check.** The number of pictures keeps growing; the number of patches soon stops. So a picture
 # can be written as 16 patch *numbers*, and a list of the patches (the **codebook**) turns numbers
-# back into pixels: no image encoder needs to be trained. The price: pre-training sees practically
-# *all* pictures of the pool, so a fair test must ask for something else (three objects, pairs held
-# out).
+# back into pixels: no image encoder has to be trained. The price: pre-training sees practically
+# *all* pictures of the pool, so a fair test must ask for something else (three objects, held-out
+# pairs).
 #
 # ## From pixels to codes
 #
-# (M1) a patch gets the number of the nearest codebook entry; (M2) an entry is the mean of its
-# patches. Write them yourself first.
+# By (M1) a patch gets the number of the nearest codebook entry; by (M2) an entry becomes the mean
+# of its patches. Write them yourself first.
 
 # %%
 def cut_patches(picture, p):
@@ -110,8 +110,8 @@ def nearest_code(patches, entries):
     """Exercise 2. (M1): patches (N, D), entries (K, D) -> (N,) the number of each patch's nearest
     entry.
 
-    |x - c|² = |x|² - 2 x·c + |c|², and |x|² is the same for every entry, so that one matrix product
-    is enough."""
+    |x - c|² = |x|² - 2 x·c + |c|², and |x|² is the same for every entry, so one matrix
+    product is enough."""
     raise NotImplementedError
 
 
@@ -119,17 +119,17 @@ course.check(nearest_code)
 
 # %%
 def kmeans_step(patches, entries):
-    """Exercise 3. (M2): entries (K, D) moved to the means of the patches (N, D) whose code they
-    are; an entry without patches stays where it is. Return a new tensor, leave `entries` as it
-    was."""
+    """Exercise 3. (M2): move each of the entries (K, D) to the mean of the patches (N, D) nearest
+    to it; an entry without patches stays where it is. Return a new tensor; leave `entries`
+    unchanged."""
     raise NotImplementedError
 
 
 course.check(kmeans_step)
 
 # %% [markdown]
-# > **Predict.** With fewer codes than there are different patches, something is lost. What goes
-# > first: the colours, the shapes, or the small objects?
+# > **Predict.** With fewer codes than different patches, something is lost. What goes first: the
+# > colours, the shapes, or the small objects?
 
 # %%
 some = pictures[:800]
@@ -145,17 +145,17 @@ for k, book in books.items():
     print(f"{k:4} codes asked for, {len(book.entries):3} in use: {lost}")
 
 # %% [markdown]
-# **Check.** Read from right to left, colours go first: an entry that serves several patches is
-# their mean, and the mean of red and yellow patches is orange. With 16 codes you can see where
-# something is, but hardly what; with 4 small objects are gone. As soon as there are as many codes
-# as patches, nothing is lost at all.
+# **Check.** Reading from right to left, colours go first: an entry that serves several patches is
+# their mean, and the mean of red and yellow patches is orange. With 16 codes you can see where an
+# object is, but hardly what it is; with 4, small objects are gone. Once every patch has a code of
+# its own, nothing is lost.
 #
 # ## Captions from a careless web
 #
-# Pre-training captions are wrong or incomplete on purpose. `NOISE` gives the chance of each
-# accident.
+# Some pre-training captions are wrong or incomplete, on purpose. `NOISE` gives the chance of each
+# kind of accident.
 #
-# > **Predict.** What share of the captions says something false of its picture?
+# > **Predict.** What share of the captions says something false about its picture?
 
 # %%
 def shares(noise, n=3000):
@@ -169,7 +169,7 @@ def shares(noise, n=3000):
     return (counts / n).tolist()
 
 
-accidents = [name for name in NOISE if name != "answer"]  # which is about questions
+accidents = [name for name in NOISE if name != "answer"]  # that one is about questions
 table = {}
 for accident in accidents:
     alone = {name: chance * (name == accident) for name, chance in NOISE.items()}
@@ -191,15 +191,15 @@ ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
 plt.show()
 
 # %% [markdown]
-# **Check.** The chances in brackets apply to captions that *can* have the accident; few captions
+# **Check.** The chances in brackets apply to captions that *can* suffer the accident; few captions
 # state a relation, so `reverse` does less harm than its chance suggests. A caption that says less
 # is still true. Notebook 03 asks what a model learns from all this.
 #
 # ## Every task is a row of fixed columns
 #
-# Words and codes share one numbering: words first, codes after them. A task is a row of **spans**
-# of fixed width: a marker, a text, or the 16 codes of a picture. So every column has one meaning,
-# and what the model may choose there is a property of the task.
+# Words and codes share one vocabulary: words first, then codes. A task is a row of **spans** of
+# fixed width: a marker, a text, or the 16 codes of a picture. So every column has one meaning, and
+# the task decides what the model may choose there.
 
 # %%
 for task, spans in data.LAYOUTS.items():
@@ -207,7 +207,7 @@ for task, spans in data.LAYOUTS.items():
 
 # %% [markdown]
 # A number is the width of a text, and `?` marks what the model **chooses**; the rest is **given**.
-# A short text is filled up with `<pad>` (`·` below); a chosen text ends with `<eos>`.
+# A short text is padded with `<pad>` (`·` below); a chosen text ends with `<eos>`.
 
 # %%
 world, rng, book = World(), random.Random(5), books[128]
@@ -225,10 +225,11 @@ strips |= {task: course.strip(vocab.layout(task)) for task in ("text", "verify",
 course.show_rows(strips, f"{len(strips)} tasks, one format")
 
 # %% [markdown]
-# **Check.** Only the two saturated colours are chosen, and only they will ever be trained, scored
-# or rewarded. That is the *completion mask*: a chosen column that is not `<pad>`. When to stop is
-# a choice too, so `<eos>` belongs to it. (The last three rows show widths alone, without a text.)
-# `draw` and `caption` are mirror images, so one loss can align both directions.
+# **Check.** The model chooses only the columns in the two saturated colours, and only they are ever
+# trained on, scored or rewarded. They form the *completion mask*: the chosen columns that are not
+# `<pad>`. When to stop is a choice too, so `<eos>` is part of it. (The last three rows show only
+# the widths, without a text.) `draw` and `caption` are mirror images, so one loss can align both
+# directions.
 #
 # ## The check cell
 

@@ -2,10 +2,10 @@
 # # 02 · One transformer for words and pictures
 #
 # **You will see** that the future never leaks into the past, that with rotary positions only
-# distances matter, why a cache makes it cheap to draw long pictures, and how a token is sampled so
-# that what is sampled is what will be scored.
+# distances matter, why a cache makes long pictures cheap to sample, and how to sample tokens from
+# the very distribution that will score them.
 #
-# From `model.py`. Nothing is trained: all of this must hold for any weights.
+# The code is in `model.py`. Nothing is trained: all of this must hold for any weights.
 
 # %%
 import random
@@ -40,22 +40,21 @@ course.show_rows({f"row {i}": course.strip(layout, row) for i, row in enumerate(
                  "Four rows of the task “draw”: every column has one meaning")
 
 # %% [markdown]
-# One table of vectors reads words and codes, and the same table scores the next token (*tied
-# head*). Short prompts are filled up with `<pad>`, which is an ordinary token: it is attended to,
-# always in the same columns, in training as in sampling. So the only attention mask is the causal
-# one.
+# One table embeds words and codes, and the same table scores the next token (*tied head*). Short
+# prompts are padded with `<pad>`, an ordinary token: the model attends to it, in the same columns
+# in training and in sampling. So the only attention mask is the causal one.
 #
 # ## The future does not leak
 #
-# We change one token of a row and see which hidden states move: once with a fresh model, once
-# after giving it random weights.
+# We change one token of a row and see which hidden states move: once in a freshly initialised
+# model, once in one with random weights.
 #
 # > **Predict.** Sketch the pattern of moved states (row: the token that was changed; column: the
-# > state) for each of the two.
+# > state) for each model.
 
 # %%
 def influence(model, tokens, patch):
-    """(L, L): how far state j moves when token i becomes another one."""
+    """(L, L): how far state j moves when token i is replaced."""
     changed = tokens.repeat(len(tokens), 1)
     changed.fill_diagonal_(0)
     changed += torch.diag((tokens + 1) % vocab.size)
@@ -64,7 +63,7 @@ def influence(model, tokens, patch):
 
 
 def random_weights(config):
-    """A model in which everything does something; fresh layers are identities."""
+    """A model in which every layer does something; freshly initialised layers are identities."""
     model = Transformer(config)
     for p in model.parameters():
         if p.dim() == 2:
@@ -90,9 +89,9 @@ plt.show()
 
 # %% [markdown]
 # **Check.** There is nothing below the diagonal: a state cannot know what comes after it, so one
-# pass over a row is a fair test of every column at once. The surprise is on the left: the two
-# matrices that write into the residual stream start at zero, so a fresh model does not mix columns
-# *at all*. (So a test of causality on a fresh model cannot fail, and is worth nothing.)
+# forward pass scores every column of a row fairly. The surprise is on the left: the two matrices
+# that write into the residual stream start at zero, so a fresh model does not mix columns *at all*.
+# (So a causality test on a fresh model cannot fail, and is worthless.)
 
 # %%
 def causal_attention(q, k, v):
@@ -106,7 +105,7 @@ course.check(causal_attention)
 # %% [markdown]
 # ## Only the distance counts
 #
-# (M4) rotates queries and keys by an angle that grows with the position. Here is the product of
+# (M4) rotates queries and keys by an angle that grows with the position. Here is the dot product of
 # one fixed query and one fixed key, for all pairs of positions.
 #
 # > **Predict.** What does the 24 × 24 map of these products look like?
@@ -132,11 +131,11 @@ plt.show()
 # ## The cache
 #
 # To sample token t, a transformer needs the keys and values of all tokens before it. They never
-# change (causality!), so they can be kept.
+# change (causality!), so they can be cached.
 
 # %%
 def attend_next(q, k, v, keys, values):
-    """Exercise 2. One step with a cache: the newest token's q, k, v (D,) each, and the kept keys
+    """Exercise 2. One step with a cache: the newest token's q, k, v (D,) each, and the cached keys
     and values (n, D).
 
     Returns three things: what the token gathers (D,), the keys to keep (n + 1, D), the values to
@@ -147,13 +146,13 @@ def attend_next(q, k, v, keys, values):
 course.check(attend_next)
 
 # %% [markdown]
-# > **Predict.** From 4 to 256 tokens a picture: how does the time to sample grow with the number
+# > **Predict.** From 4 to 256 tokens per picture: how does the sampling time grow with the number
 # > of tokens, with and without a cache? And do the two draw the same pictures?
 
 # %%
 @torch.no_grad()
 def sample_uncached(model, layout, prompts, generator):
-    """As model.sample at temperature 1, but for every token the whole row is read again."""
+    """Like model.sample at temperature 1, but the whole row is read again for every token."""
     tokens, head = prompts.masked_fill(layout.chosen, PAD), model.head[layout.first : layout.last]
     for column in layout.columns:
         state = model(tokens[:, :column], layout.patch[:column])[:, -1]
@@ -195,22 +194,21 @@ plt.show()
 print("share of tokens that are equal, from the same noise:", *(f"{x:.1%}" for x in equal))
 
 # %% [markdown]
-# **Check.** Without a cache the whole row is read again for every token, so the lines move apart as
+# **Check.** Without a cache the whole row is read again for every token, so the gap widens as
 # pictures get longer. Both draw the same pictures from the same noise, and a test of this
-# repository checks that for every task. The prompt is also read only once for all candidates of a
-# group, which is what makes groups cheap.
+# repository checks that for every task. The prompt, too, is read only once for all candidates of a
+# group (*prefill*), which makes groups cheap.
 #
 # ## What is sampled is what is scored
 #
-# While drawing, only codes may be chosen, whatever the head thinks of words. (M5) is a softmax
-# over the allowed ids alone. The same ids and the same temperature are used later, when the
-# log-prob of the sample is computed: a ratio between two different distributions would be
-# nonsense.
+# While drawing, the model may choose only codes, however high the head scores a word. (M5) is a
+# softmax over the allowed ids alone. Later, the log-prob of the sample is computed with the same
+# ids and the same temperature: a ratio between two different distributions would be nonsense.
 
 # %%
 def allowed_probs(logits, first, last, temperature):
     """Exercise 3. (M5): logits (V,) -> probabilities (V,), a softmax at a temperature over the ids
-    first <= id < last, and 0 elsewhere. Leave `logits` as it was."""
+    first <= id < last, and 0 elsewhere. Leave `logits` unchanged."""
     raise NotImplementedError
 
 
@@ -236,9 +234,9 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# **Check.** Each id wins exactly with its probability: if e is the exponential number, e/p is
-# exponential with rate p, and of several exponential clocks each rings first with a probability in
-# proportion to its rate.
+# **Check.** Each id wins with exactly its probability: if e is the exponential number, e/p is
+# exponential with rate p, and among several exponential clocks each rings first with probability
+# proportional to its rate.
 #
 # ## The check cell
 
