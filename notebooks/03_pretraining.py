@@ -1,11 +1,11 @@
 # %% [markdown]
 # # 03 · Pre-training, and what noisy captions teach
 #
-# **You will see** a small model learn to draw in seconds; that its loss ends where the noise of
-# the captions says it must; that sampling at a low temperature removes one kind of noise and not
-# another; and a loss that is too good to be true.
+# **You will see** a small model learn to draw in seconds; its loss stop at the entropy of the
+# caption noise; a low temperature remove one kind of error and not another; and a loss that is too
+# good to be true.
 #
-# From `model.py`, `kernels.selected_logprobs`, and the optimizers of `train.py`.
+# The code: `model.py`, `kernels.selected_logprobs`, and the optimizers of `train.py`.
 
 # %%
 import random
@@ -29,7 +29,7 @@ course.map(3)
 # %% [markdown]
 # ## A web with two bad habits
 #
-# One object a picture, "a red circle at the top left". The people who write the captions
+# One object per picture, "a red circle at the top left". The people who write the captions
 # * name a **wrong colour** in 30% of the cases, any of the three others: a careless error;
 # * mix up **left and right** in 60%, since they look from the other side: a systematic error.
 
@@ -55,9 +55,9 @@ course.show([e.pictures[0] for e in six], [e.prompt for e in six], columns=6, si
 # %% [markdown]
 # ## How low can the loss go?
 #
-# A perfect model of this web still cannot know whether *this* caption is one of the wrong ones.
-# Its loss is the entropy of what a caption leaves open: the colour, the side, and the size, which
-# these captions never mention.
+# Even a perfect model of this web cannot know whether *this* caption is one of the wrong ones. Its
+# loss is the entropy of what a caption leaves open: the colour, the side, and the size, which these
+# captions never mention.
 
 # %%
 def noise_floor(shares):
@@ -68,7 +68,7 @@ def noise_floor(shares):
 course.check(noise_floor)
 
 # %% [markdown]
-# > **Predict.** In nats a picture: how much does each of the three leave open? (A fair coin:
+# > **Predict.** How large is the entropy of each of the three, in nats per picture? (A fair coin:
 # > 0.69.)
 
 # %%
@@ -76,7 +76,7 @@ entropy = course.use(noise_floor)
 floor = {"colour": entropy([1 - WRONG, *[WRONG / 3] * 3]), "side": entropy([SWAPPED, 1 - SWAPPED]),
          "size": entropy([0.5, 0.5])}
 FLOOR = sum(floor.values())
-print(" + ".join(f"{k} {v:.3f}" for k, v in floor.items()), f"= {FLOOR:.3f} nats a picture")
+print(" + ".join(f"{k} {v:.3f}" for k, v in floor.items()), f"= {FLOOR:.3f} nats per picture")
 
 # %%
 codebook, vocab = course.tokens_of(course.OneObject())
@@ -86,8 +86,9 @@ course.show_rows({"a row": course.strip(layout, course.rows(base, "draw", six[:1
 
 
 def picture_losses(model, examples, logprobs_of):
-    """Nats of each picture, (N,). logprobs_of(hidden, head, tokens) -> (N, P): the log-prob of
-    every token but the first. All it gets starts at <image>, the column before the picture."""
+    """The loss of each picture in nats, (N,). logprobs_of(hidden, head, tokens) -> (N, P): the
+    log-prob of every token but the first. Its inputs start at <image>, the column before the
+    picture."""
     tokens, first = course.rows(base, "draw", examples), layout.start - 1
     hidden = model(tokens, layout.patch)[:, first:]
     codes = (tokens[:, first:] - layout.first).clamp(min=0)  # counted from the first code
@@ -97,7 +98,7 @@ def picture_losses(model, examples, logprobs_of):
 # %%
 def pretrain(logprobs_of, steps, batch=48, lr=4e-3):
     """The whole of pre-training: noisy pairs in, next-token loss down. Returns the model and its
-    curve."""
+    loss curve."""
     torch.manual_seed(0)
     model = Transformer(ModelConfig(vocab.size, codebook.side, width=48, layers=2))
     optimizers, curve = make_optimizers(model, lr), []
@@ -114,7 +115,7 @@ def shifted(hidden, head, tokens):
     return selected_logprobs(hidden[:, :-1], head, tokens[:, 1:])
 
 # %% [markdown]
-# > **Predict.** Where will the curve flatten? Will it ever be below the line?
+# > **Predict.** Where will the curve flatten? Will it ever go below the entropy?
 
 # %%
 model, curve = pretrain(shifted, 220)
@@ -131,20 +132,20 @@ ax.set(xlabel="step of training", ylabel="loss, nats a picture", ylim=(1, None),
 ax.set_yticks((1, 2, 5, 10, 20, 50), (1, 2, 5, 10, 20, 50))
 ax.legend(fontsize=8)
 plt.show()
-print(f"{len(new):,} new captions: {mean:.3f} nats a picture, standard error {error:.3f}")
+print(f"{len(new):,} new captions: {mean:.3f} nats per picture, standard error {error:.3f}")
 print(f"the floor is {FLOOR:.3f}: the model is {mean - FLOOR:+.3f} above it, "
       f"{(mean - FLOOR) / error:.1f} standard errors")
 
 # %% [markdown]
-# **Check.** The curve comes down to the floor and stays there; single batches of 48 scatter on
+# **Check.** The curve comes down to this floor and stays there; single batches of 48 scatter on
 # both sides of it. If the loss on *new* captions is more than two standard errors above the floor,
-# the difference is what the model has not learned yet; if it is less, it may be luck. No model can
-# do better than the floor on average, and a *better loss would be a bug*: see below.
+# the difference is what the model has not learned yet; a smaller one may be luck. No model can do
+# better than the floor on average, and a *better loss would be a bug*: see below.
 #
 # ## What a low temperature removes, and what it does not
 #
 # The model now draws a wrong colour in 30% of the cases, as it was taught. Sampling at temperature
-# T raises probabilities to the power 1/T and normalises them again.
+# T raises probabilities to the power 1/T and renormalises them.
 
 # %%
 def sharpened(p, temperature):
@@ -202,29 +203,29 @@ course.show([*drawn[1.0][:6], *drawn[0.1][:6]], [e.prompt for e in asked[:6]] + 
             right=[ok for t in (1.0, 0.1) for ok in right(drawn[t], "color")[:6]])
 
 # %% [markdown]
-# **Check.** The frames are green where the *colour* is right. Careless errors are spread over
-# three colours, so the truth is still the most likely single answer, and a low temperature finds
-# it: for free, without any alignment. **Keep this in mind for notebook 10**: whoever compares an
-# aligned model with its base at temperature 1 measures mostly this.
+# **Check.** The frames are green where the *colour* is right. Careless errors are spread over three
+# colours, so the truth is still the most likely single answer, and a low temperature finds it: for
+# free, without any alignment. **Keep this in mind for notebook 10**: comparing an aligned model
+# with its base at temperature 1 measures mostly this.
 #
 # The systematic error is not spread out: the wrong side *is* the likelier one. If the side were a
-# single choice, a low temperature would make every drawing wrong, as you computed. Why does that
-# not happen? Look at the two sides separately:
+# single choice, a low temperature would make nearly every drawing wrong, as you computed. Why does
+# that not happen? Look at the two sides separately:
 
 # %%
 left = np.array([e.truth[0][0].column == 0 for e in asked])
 for t in (1.0, 0.5, 0.1):
     ok = right(drawn[t], "column")
-    print(f"T = {t}: asked for left, right in {ok[left].mean():.0%};",
-          f"asked for right, right in {ok[~left].mean():.0%}; all together {ok.mean():.0%}")
+    print(f"T = {t}: asked for left, correct in {ok[left].mean():.0%};",
+          f"asked for right, correct in {ok[~left].mean():.0%}; all together {ok.mean():.0%}")
 
 # %% [markdown]
-# A low temperature makes each *token* the likeliest one, and that is not the likeliest *picture*.
-# The first patch of a row lies on the left: background, with probability 0.4 or more, against
-# objects whose probability is split over colours and sizes. So at T = 0.1 everything drifts to the
-# right, whatever was asked. That happens to suit half of the prompts: what the captions got wrong
-# systematically, no temperature can put right. (The extreme case is well known: greedy drawing can
-# give an empty picture.)
+# A low temperature picks the likeliest *token* each time, which does not give the likeliest
+# *picture*. The first patch of a row lies on the left. There the background is one code with
+# probability 0.4 or more, while the objects split theirs over colours and sizes. So at T = 0.1
+# nearly every object lands on the right, whatever the prompt says, and half of the prompts happen
+# to ask for that. No temperature corrects a systematic error. (The extreme case is well known:
+# greedy decoding can give an empty picture.)
 #
 # ## Planted bug: too good to be true
 #
@@ -232,8 +233,8 @@ for t in (1.0, 0.5, 0.1):
 
 # %%
 def next_token_logprobs(hidden, head, tokens):
-    """Exercise 3: find and mend the bug. hidden (N, L, C), head (V, C), tokens (N, L) -> (N, L -
-    1), where entry t is the log-probability of tokens[:, t + 1]."""
+    """Exercise 3: find and fix the bug. hidden (N, L, C), head (V, C), tokens (N, L) -> (N, L - 1),
+    where entry t is the log-probability of tokens[:, t + 1]."""
     logits = hidden[:, 1:] @ head.T
     return logits.log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
 
@@ -255,10 +256,10 @@ plt.show()
 course.show(pictures, [e.prompt for e in asked[:6]], columns=6, title="what her model draws")
 
 # %% [markdown]
-# **Check.** A loss below the floor is a bug, not a success, and sampling shows it. A loss is only
-# a number; know the number below which it must not fall. (Mend her function and run the cell
-# again.) The root file makes this mistake hard: `model.completion` returns states and tokens that
-# are already aligned.
+# **Check.** A loss below the floor is a bug, not a success, and sampling shows it. A loss is only a
+# number; know the number below which it must not fall. (Fix her function and run the cell again.)
+# The root file makes this mistake hard: `model.completion` returns states and tokens that are
+# already aligned.
 #
 # ## The check cell
 

@@ -2,11 +2,10 @@
 # # 04 · Rewards, and why a judge stands apart
 #
 # **You will see** a small CLIP learn from noisy pairs which words belong to which picture; how its
-# score becomes a reward that knows when to stop rising; a reward learned from preferences alone;
-# and the mistakes that the reward cannot see, which are the ones that a policy trained on it will
-# make.
+# score becomes a reward that saturates; a reward learned from preferences alone; and the mistakes
+# that the reward cannot see, which are the ones that a policy trained on it will make.
 #
-# From `reward.py`; the judge is the first part of `eval.py`.
+# The code is in `reward.py`; the judge is the first part of `eval.py`.
 
 # %%
 import random
@@ -41,10 +40,10 @@ def info_nce(scores):
 course.check(info_nce)
 
 # %% [markdown]
-# The root file adds three things: equal captions in a batch are *not* each other's negatives;
-# every caption also competes with small **edits** of itself ("a red circle" against "a blue
-# circle"), its hard negatives; and similarity is counted part by part: every word looks for its
-# patch, and every patch for its word (R1).
+# `reward.py` adds three things: equal captions in a batch are *not* each other's negatives; every
+# caption also competes with small **edits** of itself ("a red circle" against "a blue circle"), its
+# hard negatives; and similarity uses *late interaction*: every word looks for its best patch, and
+# every patch for its best word (R1).
 
 # %%
 world = World()
@@ -62,7 +61,7 @@ def similarities(examples):
 
 # %%
 def train_clip(steps=300, batch=40, lr=3e-3):
-    """As train.fit_clip: noisy pairs, and four false edits of each caption."""
+    """Like train.fit_clip: noisy pairs, and four false edits of each caption."""
     optimizers, first = make_optimizers(clip, lr), []
     for step in range(steps):
         rng, edits = random.Random(f"clip/{step}"), []
@@ -94,8 +93,8 @@ print(f"own caption first: {np.mean(first[:10]):.0%} in the first ten steps, "
       f"{np.mean(first[-20:]):.0%} in the last twenty")
 
 # %% [markdown]
-# **Check.** It stays well below 100%, and it should: where the caption is false, putting it first
-# would be a mistake.
+# **Check.** The share stays well below 100%, and it should: where the caption is false, ranking it
+# first would be a mistake.
 #
 # ## Which patch does a word look for?
 
@@ -122,16 +121,16 @@ figure.suptitle(f"“{e.prompt}”   +: the word's best patch", fontsize=9)
 plt.show()
 
 # %% [markdown]
-# Dark: the patches whose vector is most like the word's. Nobody labelled where anything is; the
-# model only knew which caption came with which picture. The maps are coarse: words have read their
-# neighbours, patches have seen the others, and half a minute of training is not much. This is what
-# a learned reward looks like inside.
+# Dark patches are those whose vector is most similar to the word's. Nobody labelled where anything
+# is; the model only knew which caption came with which picture. The maps are coarse: each word has
+# attended to its neighbours, each patch to the others, and half a minute of training is not much.
+# This is what a learned reward looks like inside.
 #
 # ## A reward that knows when to stop
 #
-# The raw similarity never stops rising, and a policy would chase its last decimals. (R3) asks
+# The raw similarity can always rise further, and a policy would chase its last decimals. (R3) asks
 # instead: *how likely is the prompt, against its own edits?* (R8) is flat once the prompt is
-# likelier than not.
+# likelier than all of them together.
 
 # %%
 rng, caption = random.Random(0), parse_caption("a red circle left of a blue square")
@@ -167,9 +166,9 @@ print(f"the cheapest edit: “{cheapest}”, {difference:+.2f} against the right
 print(f"the right picture itself reaches {own:.2f}; the reward is flat above {np.log(SURE):.2f}")
 
 # %% [markdown]
-# Every edit makes the picture wrong, but not every edit costs much. One picture is an anecdote.
-# Validity is a *share*: of all (right, wrong) pairs of drawings for the same prompt, in how many
-# does the reward prefer the right one? (R5)
+# Every edit makes the picture wrong, but some cost nothing: they even score higher. One picture is
+# an anecdote. *Validity* is a share: of all (right, wrong) pairs of drawings for the same prompt,
+# in how many does the reward prefer the right one? (R5)
 
 # %%
 def agreement(rewards, right):
@@ -188,8 +187,9 @@ course.check(agreement)
 # could simply train on it. We do not: real tasks have no such judge, and *a judge that is trained
 # on is no longer a judge*.
 #
-# > **Predict.** Which edits will the reward see best, which worst? (`drop`: one object less;
-# > `add`: one more; `swap`: two objects exchange their colours.)
+# > **Predict.** Which edits will the reward see best, which worst? (`drop`: one object less; `add`:
+# > one more; `twice`: one more of a kind that is there; `swap`: two objects exchange their
+# > colours.)
 
 # %%
 spoiled = {}
@@ -226,9 +226,9 @@ print("seen in 95% or more:", ", ".join(k for k in order if seen[k] >= 0.95) or 
 print("missed in more than a fifth:", ", ".join(k for k in order if seen[k] < 0.8) or "none")
 
 # %% [markdown]
-# **Check.** The judge sees every one of these faults (the `assert` says so); the reward does not.
-# A policy that is trained on this reward will find out which faults go unseen. That is why every
-# number this repository quotes comes from the judge, and why `train.py` measures this share, for
+# **Check.** The judge sees every one of these faults (the `assert` says so); the reward does not. A
+# policy that is trained on this reward will find out which faults go unseen. That is why the scores
+# of drawings in this repository come from the judge, and why `train.py` measures this share, for
 # each kind of fault, before *and after* alignment.
 #
 # ## Rewards from preferences
@@ -298,13 +298,12 @@ plt.show()
 
 # %% [markdown]
 # **Check.** The level is lost: only differences of R count (`reward.py` sets it afterwards by an
-# *anchor*, R7). Wrong labels shrink the differences: a model that is told that the weaker player
-# sometimes wins becomes cautious. The order, which is what a group-relative method needs, survives
-# **if there are enough games**; with few, neighbours change places, and wrong labels make that
-# worse.
+# *anchor*, R7). Wrong labels shrink the differences: a model that sees the weaker player win too
+# often becomes cautious. The order, which is what a group-relative method needs, survives **if
+# there are enough games**; with few, neighbours change places, and wrong labels make that worse.
 #
-# Where do pairs come from here? Captions and pictures take turns at being spoiled by one edit,
-# and, in `train.py`, samples of the base are ranked by the CLIP score.
+# Where do our pairs come from? One edit spoils the caption or the picture, in turn; in `train.py`,
+# samples of the base ranked by the CLIP score are added.
 
 # %%
 pairs, tiles, words = make_pairs(world, random.Random(4), 6), [], []
