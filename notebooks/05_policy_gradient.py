@@ -6,8 +6,8 @@
 # step up to the loss of this course. Each step is there because the one before it fails at
 # something, and you will measure what.
 #
-# No reinforcement learning is assumed. From `grpo.py`; its equation numbers stand at the right of
-# the formulas.
+# No reinforcement learning is assumed. The code is in `grpo.py`; its equation numbers stand to the
+# right of the formulas.
 
 # %%
 import itertools
@@ -38,8 +38,8 @@ course.map(5)
 # $$ J(\theta) = \mathbb{E}_{a \sim \pi_\theta}\big[r(a)\big] = \sum_a \pi_\theta(a)\, r(a) $$
 #
 # In this course an arm is a whole picture that the model could draw for a prompt, and pulling the
-# arm means drawing that picture. Here there are only three arms. Their rewards are of the size that
-# the CLIP of notebook 04 gives: log-probabilities, all of them negative.
+# arm means drawing that picture. Here there are only three arms. Their rewards have the size of
+# those that the CLIP of notebook 04 gives: log-probabilities, all of them negative.
 
 # %%
 ARMS = ("wrong", "half right", "right")
@@ -52,8 +52,9 @@ for name, p, r in zip(ARMS, policy.tolist(), reward.tolist()):
 print(f"expected reward J = {J:.2f}")
 
 # %% [markdown]
-# How does a probability change with the logits? Take the logarithm of the softmax and
-# differentiate it by the logit of some arm $k$ (the bracket $[a = k]$ is 1 if $a = k$, and else 0):
+# How does a probability change with the logits? Take the logarithm of the softmax and differentiate
+# it with respect to the logit of some arm $k$ (the bracket $[a = k]$ is 1 if $a = k$, and 0
+# otherwise):
 #
 # $$ \frac{\partial}{\partial \theta_k} \log \pi_\theta(a)
 #    = \frac{\partial}{\partial \theta_k} \Big( \theta_a - \log \sum_b e^{\theta_b} \Big)
@@ -75,10 +76,10 @@ for name, slope, p, r in zip(ARMS, exact.tolist(), policy.tolist(), reward.tolis
 #
 # ## The score-function identity
 #
-# With three arms we can sum over all of them. A picture of 16 tokens out of 100 codes has
-# $100^{16}$ arms, and nobody can. But we can *sample*, and the mean of a few samples estimates any
-# sum of the form $\sum_a \pi(a) \cdot$ something. The gradient of $J$ does not have this form, so
-# we bring it there:
+# With three arms we can sum over all of them. A picture of 16 tokens, each one of 100 codes, has
+# $100^{16}$ arms: nobody can sum those. But we can *sample*, and the mean of a few samples
+# estimates any sum of the form $\sum_a \pi(a) \cdot$ something. The gradient of $J$ does not have
+# this form, so we bring it there:
 #
 # $$ \begin{aligned}
 # \nabla J &= \nabla \sum_a \pi(a)\, r(a)
@@ -100,17 +101,17 @@ for name, slope, p, r in zip(ARMS, exact.tolist(), policy.tolist(), reward.tolis
 # %%
 def reinforce(theta, arm, reward):
     """Exercise 1. Logits theta (K,), the number of the pulled arm, its reward -> the REINFORCE
-    estimate (K,) of the gradient of the expected reward. Without autograd; leave `theta` as it
-    was."""
+    estimate (K,) of the gradient of the expected reward. Without autograd; leave `theta`
+    unchanged."""
     raise NotImplementedError
 
 
 course.check(reinforce)
 
 # %% [markdown]
-# The check takes your estimate for every arm, weighs it by the probability of the arm, and compares
-# the sum with the gradient that autograd finds. This is **enumeration**: an expectation without
-# sampling, and so without luck.
+# The check takes your estimate for every arm, weights it by the probability of the arm, and
+# compares the sum with the gradient that autograd finds. This is **enumeration**: an expectation
+# without sampling, and so without luck.
 #
 # > **Predict.** You pull the *best* arm and its reward is −1. Then you take a small step along the
 # > estimate. Does the best arm become likelier?
@@ -161,14 +162,14 @@ plt.show()
 # $$ \nabla J = \mathbb{E}_{a \sim \pi}\big[ (r(a) - b)\, \nabla \log \pi(a) \big] $$
 #
 # The first line is the only place where something was assumed: **$b$ must not depend on the arm
-# that was pulled.** On anything else it may depend.
+# that was pulled.** It may depend on anything else.
 #
-# > **Predict.** Draw the variance of the estimate against $b$, from −10 to 4. Where is it smallest:
-# > at 0, at the mean reward, at the best reward? Is it 0 there?
+# > **Predict.** Sketch the variance of the estimate against $b$, from −10 to 4. Where is it
+# > smallest: at 0, at the mean reward, at the best reward? Is it 0 there?
 
 # %%
 def variance(weights):
-    """Exact, by enumeration: the expected squared distance of an estimate from their mean."""
+    """Exact, by enumeration: the expected squared distance of an estimate from its mean."""
     each = estimates(weights)
     return float(policy @ (each - policy @ each).square().sum(1))
 
@@ -201,9 +202,9 @@ print(f"smallest at b = {best:.2f}, where it is {min(curve):.2f}; the mean rewar
 # %% [markdown]
 # **Check.** Both rows have the same mean up to luck, and very different variances. The mean of $n$
 # estimates has $n$ times less variance than one, so with this baseline one sample is worth six
-# without. The best $b$ is a mean in which each reward is weighted by the squared length of its
-# score; it lies near the mean reward. The variance is not 0 there: even with the best baseline, one
-# pull says nothing about the other arms.
+# without. The best $b$ is a mean of the rewards, each weighted by the squared length of its score;
+# it lies near the mean reward. The variance is not 0 there: even with the best baseline, one pull
+# says nothing about the other arms.
 #
 # ## Nobody knows the mean reward
 #
@@ -229,8 +230,8 @@ course.check(unbiased_advantages)
 # fixed, and the result is $A\, \nabla \log \pi(a)$.
 #
 # > **Predict.** Somebody adds 20 to every reward, so that they look nicer. That adds 20 to $J$ and
-# > changes no gradient. 200 runs go up the gradient, with groups of 8 samples a step: with the old
-# > rewards, with the nicer ones, and with your advantages of the nicer ones. What will you see?
+# > changes no gradient. 200 runs go up the gradient, with groups of 8 samples per step: with the
+# > old rewards, with the nicer ones, and with your advantages of the nicer ones. What will you see?
 
 # %%
 def climb(advantages_of, runs=200, steps=51, group=8, lr=0.3):
@@ -271,11 +272,10 @@ for name, (history, _) in curves.items():
 
 # %% [markdown]
 # **Check.** The expected gradient is the same in all three, and the noise is not. With rewards
-# around 15 every pulled arm is pushed *up*, whatever it brings, so that what is pulled by chance is
+# around 15 every pulled arm is pushed *up*, whatever it brings, so an arm pulled by chance is
 # pulled again. Some runs settle on a bad arm, and a policy that hardly ever pulls the right arm can
 # no longer learn that it is right. (The old rewards do no harm: they are negative and not far from
-# 0, so that the arms which were not pulled are tried next.) A baseline makes the constant
-# irrelevant.
+# 0, so the arms that were not pulled are tried next.) A baseline makes the constant irrelevant.
 #
 # ## The group's mean
 #
@@ -296,7 +296,7 @@ for name, (history, _) in curves.items():
 #
 # $$ A_i = \frac{r_i - \operatorname{mean}_j r_j}{\operatorname{std}_j r_j + \epsilon} \tag{G1} $$
 #
-# > **Predict.** Over all groups of 2, 4 and 8: how long is the mean estimate, against the exact
+# > **Predict.** Over all groups of 2, 4 and 8: how long is the mean estimate, relative to the exact
 # > gradient, without the division? With it, does it still point the same way?
 
 # %%
@@ -319,7 +319,7 @@ for size in (2, 4, 8):
 
 # %% [markdown]
 # **Check.** Without the division: $(G - 1) / G$ of the length, to all digits, and the same
-# direction. With it the direction changes, since groups of small spread are scaled up more than
+# direction. With it the direction changes, since groups with a small spread are scaled up more than
 # the others. So (G1) is *not* an unbiased estimate of the gradient of $J$. It is a choice that
 # works well; `scale="none"` leaves it out (Dr. GRPO), and notebook 06 looks at what it does to
 # small differences.
@@ -346,8 +346,8 @@ for size in (2, 4, 8):
 
 # %%
 def importance_estimate(logprobs, old_logprobs, values):
-    """Exercise 3. N samples of the old policy: their log-probs under the present policy and under
-    the old one, and values f, (N,) each -> the estimate of the expectation of f under the present
+    """Exercise 3. N samples of the old policy: their log-probs under the current policy and under
+    the old one, and values f, (N,) each -> the estimate of the expectation of f under the current
     policy, a number. Gradients flow into `logprobs`."""
     raise NotImplementedError
 
@@ -364,8 +364,8 @@ course.check(importance_estimate)
 # samples, and exactly REINFORCE where $\pi = \pi_{\mathrm{old}}$ and $\rho = 1$. That is why the
 # loss of this course has a ratio in it and no logarithm.
 #
-# > **Predict.** The old policy pulls the right arm in 2% of cases. We move the policy towards that
-# > arm. How much does one old sample still say about the expected reward of the new policy?
+# > **Predict.** The old policy pulls the right arm in 2% of the cases. We move the policy towards
+# > that arm. How much does one old sample still say about the expected reward of the new policy?
 
 # %%
 old = torch.tensor([0.68, 0.30, 0.02])
@@ -391,13 +391,13 @@ plt.show()
 # %% [markdown]
 # **Check.** The estimate is right on average everywhere (the cell asserts it). Close to the old
 # policy an old sample is as good as a fresh one, and even better where the right arm is still rare.
-# Far away it is worth little: nearly all samples weigh next to nothing, and a rare one up to 49.
-# Old samples are good for policies *close* to the old one.
+# Far away it is worth little: nearly all samples have a weight close to 0, and a rare one has a weight
+# of up to 49. Old samples are good for policies *close* to the old one.
 #
 # ## The clip
 #
-# So the loss should stop pushing where the ratio has left a small interval around 1, and only in
-# the direction of the push:
+# So the loss should stop pushing once the ratio has left a small interval around 1, and only in the
+# direction of the push:
 #
 # $$ \ell = -\min\Big( \rho A,\ \operatorname{clip}\big(\rho,\ 1 - \varepsilon_{\mathrm{low}},\
 #    1 + \varepsilon_{\mathrm{high}}\big)\, A \Big) \tag{G7} $$
@@ -451,12 +451,12 @@ for name, (history, _) in curves.items():
 # %% [markdown]
 # **Check.** Without a clip the average still rises, but some of the runs learn the *luck* of their
 # 8 samples and get worse the longer they train on them. The clip does not make a group say more. It
-# stops when the group has said what it can, after a small step; then one draws fresh samples.
+# stops when the group has said what it can, after a small step; then we draw fresh samples.
 #
 # ## The KL penalty
 #
-# A reward never says everything. The **reference**, the model before alignment, knows much that
-# the reward does not ask for, so we also penalise the distance from it:
+# A reward never says everything. The **reference**, the model before alignment, knows much that the
+# reward does not cover, so we also penalise the distance from it:
 #
 # $$ J_\beta(\theta) = \mathbb{E}_{a \sim \pi}\big[ r(a) \big]
 #    - \beta\, \mathrm{KL}(\pi \,\|\, \pi_{\mathrm{ref}}), \qquad
@@ -520,33 +520,33 @@ plt.show()
 #    + \underbrace{\mathbb{E}_{a \sim \pi}\big[ -d(a) \big]}_{\mathrm{KL}}
 #    - 1 = \mathrm{KL}(\pi \,\|\, \pi_{\mathrm{ref}}) $$
 #
-# Its *gradient* is another matter: on samples of the present policy it is that of
+# Its *gradient* is another matter: on samples of the current policy it is that of
 # $\mathrm{KL}(\pi_{\mathrm{ref}} \,\|\, \pi)$, the other direction. Both vanish only at the
-# reference. The penalty joins the loss with its weight $\beta$:
+# reference. The penalty enters the loss with the weight $\beta$:
 #
 # $$ \ell + \beta\, k_3 \tag{G8} $$
 #
 # ## From an arm to a sequence of tokens
 #
-# A picture or a sentence is one arm $o$, chosen token by token, and a product of probabilities is
-# a sum of log-probs:
+# A picture or a sentence is one arm $o$, chosen token by token, and the log of a product of
+# probabilities is a sum of log-probs:
 #
 # $$ \log \pi(o) = \sum_{t=1}^{T} \log \pi(o_t \mid o_{<t}), \qquad
 #    A\, \nabla \log \pi(o) = \sum_{t=1}^{T} A\, \nabla \log \pi(o_t \mid o_{<t}) $$
 #
-# So the gradient above pushes every token by the *same* advantage, that of the whole sequence.
-# The ratio of a whole sequence would be the product of the ratios of its tokens and would soon be
-# far from 1: if each of 16 is 1.1, it is 4.6. GRPO therefore takes one ratio for each *token* and
-# clips each. That is an approximation, exact where all ratios are 1. Rows have different lengths,
-# so a mask $m_{nt}$ is 1 for the tokens that were chosen and 0 for padding, and the loss is a mean
-# over the valid tokens:
+# So the gradient above pushes every token by the *same* advantage, that of the whole sequence. The
+# ratio of a whole sequence would be the product of the ratios of its tokens and would soon be far
+# from 1: with 1.1 for each of 16 tokens it is 4.6. GRPO therefore takes one ratio for each *token*
+# and clips each. That is an approximation, exact where all ratios are 1. Rows have different
+# lengths, so a mask $m_{nt}$ is 1 for the tokens that were chosen and 0 for padding, and the loss
+# is a mean over the valid tokens:
 #
 # $$ L = \frac{\sum_{n,t} m_{nt}\, \ell_{nt}}{\sum_{n,t} m_{nt}} \tag{G9} $$
 #
 # ## GRPO's whole objective
 #
 # For each prompt sample a group from $\pi_{\mathrm{old}}$; row $n$ is one sample, $A_n$ its
-# advantage within its group. Then make this small:
+# advantage within its group. Then minimise
 #
 # $$ L(\theta) =
 # \underbrace{\frac{1}{\sum_{n,t} m_{nt}} \sum_{n,t} m_{nt}}_{\text{(G9)}}
@@ -565,7 +565,7 @@ plt.show()
 #    d_{nt} = \log \pi_{\mathrm{ref}}(o_{nt} \mid o_{n,<t})
 #    - \log \pi_\theta(o_{nt} \mid o_{n,<t}) $$
 #
-# Word for word in Python, against `grpo_loss`:
+# The same term by term in Python, compared with `grpo_loss`:
 
 # %%
 g = torch.Generator().manual_seed(0)
@@ -587,9 +587,9 @@ print(f"by the formula: {total / count:.6f}   grpo_loss: {theirs.item():.6f}")
 # %% [markdown]
 # ## The whole algorithm, on 27 sequences
 #
-# The smallest language there is: three letters, words of three letters. A word is right (reward 1)
-# if its letters all differ, and wrong (reward 0) otherwise. The policy is a table: the logits of
-# the next letter, given the place and the letter before it.
+# A tiny language: words of three letters, from an alphabet of three. A word is right (reward 1) if
+# its letters all differ, and wrong (reward 0) otherwise. The policy is a table: the logits of the
+# next letter, given its position and the letter before it.
 #
 # > **Predict.** 6 of the 27 words are right. After 60 steps: what share of the samples is right?
 # > And how many *different* right words does the policy still write? With and without a KL penalty?
@@ -600,14 +600,14 @@ RIGHT = torch.tensor([len(set(word)) == 3 for word in WORDS.tolist()])
 
 
 def logprobs_of(table, words):
-    """Log-probs (N, 3) of the letters of words (N, 3). table (place, letter before, letter)."""
+    """Log-probs (N, 3) of the letters of words (N, 3). table (position, letter before, letter)."""
     before = torch.cat((torch.zeros_like(words[:, :1]), words[:, :-1]), 1)
     return table.log_softmax(2)[range(3), before].gather(2, words[..., None])[..., 0]
 
 
 # %%
 def grpo(kl_coef, seed, steps=61, prompts=4, group=8, epochs=2, lr=4.0):
-    """GRPO on a table: share of right words and entropy of the right ones, step by step."""
+    """GRPO on a table: share of right words and exp(entropy) of the right ones, step by step."""
     table, history = torch.zeros(3, 3, 3, requires_grad=True), []
     g = torch.Generator().manual_seed(seed)
     ref = logprobs_of(table, WORDS).detach()
@@ -645,7 +645,7 @@ course.show_small(figure, 32)
 # %% [markdown]
 # **Check.** Nobody showed the policy a right word: it found them by trying. But it also gave up
 # some of them, for no reason but luck: a word that was drawn and rewarded is drawn more often. The
-# KL penalty keeps more variety and costs some of the reward. This is the bargain that the rest of
+# KL penalty keeps more variety and costs some of the reward. This is the trade-off that the rest of
 # the course is about.
 #
 # | here | in the following notebooks |

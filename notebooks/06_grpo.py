@@ -2,10 +2,10 @@
 # # 06 · GRPO by hand
 #
 # **You will see** every part of the loss on numbers small enough to redo on paper: groups,
-# advantages, ratio, clip, KL; why the loss is 0 while the model learns; how many groups teach
-# nothing; and which patch of a picture deserves the credit.
+# advantages, ratio, clip, KL; why the loss is 0 while the model learns; how many groups are
+# uninformative; and which patch of a picture deserves the credit.
 #
-# From `grpo.py`. There are two planted bugs.
+# The code is in `grpo.py`. Two exercises contain a planted bug.
 
 # %%
 import copy
@@ -29,7 +29,7 @@ course.map(6)
 # ## A group grades itself
 #
 # Four candidates for one prompt, four rewards. (G1): A = (r − mean of the group) / (std of the
-# group + eps). No value network: the siblings are the baseline, as notebook 05 derives.
+# group + eps). There is no value network: the group is its own baseline, as notebook 05 derives.
 
 # %%
 def advantages(rewards):
@@ -51,11 +51,11 @@ for scale in ("group", "batch", "none"):
         print("  ", *(f"{a:+7.3f}" for a in row))
 
 # %% [markdown]
-# **Check.** With `scale="group"`: ±0.87, not ±1, since it is the sample std. A single success
-# counts 1.5. Equal rewards give exactly 0. And the last row: dividing by the group's own std blows
-# a difference of 0.001 up to nearly that of a whole success. `"group"` is the published form and
-# the default of `group_advantages`; `train.py` calls it with `"batch"` (its `--scale`), which
-# divides all groups by the one std of all rewards and so keeps small differences small.
+# **Check.** With `scale="group"`: ±0.87, not ±1, since the std is the sample std. A single success
+# gets 1.5. Equal rewards give exactly 0. And the last row: dividing by the group's own std blows a
+# difference of 0.001 up to nearly that of a whole success. `"group"` is the published form and the
+# default of `group_advantages`; `train.py` calls it with `"batch"` (its `--scale`), which divides
+# all groups by one std, that of all rewards, and so keeps small differences small.
 #
 # ## The clip
 #
@@ -64,8 +64,8 @@ for scale in ("group", "batch", "none"):
 
 # %%
 def clipped_objective(ratio, advantage, low, high):
-    """Exercise 2: find and mend the planted bug. (G7) without its minus sign: what is to be made
-    large."""
+    """Exercise 2: find and fix the planted bug. (G7) without its minus sign: the objective to
+    maximise."""
     clipped = ratio.clamp(1 - low, 1 + high)
     return torch.max(ratio * advantage, clipped * advantage)
 
@@ -95,13 +95,14 @@ figure.legend(*axes[0].get_legend_handles_labels(), ncols=3, loc="outside lower 
 plt.show()
 
 # %% [markdown]
-# **Check.** One flat side each. The other side is never clipped: a good token that has become
-# *rarer* and a bad one that has become *likelier* are mistakes, and keep their full gradient.
+# **Check.** Each curve has one flat side. The other side is never clipped: a good token that has
+# become *rarer* and a bad one that has become *likelier* are mistakes, and keep their full
+# gradient.
 #
 # ## The KL penalty
 #
-# (G6) k3 = exp(d) − d − 1 with d = log p_ref − log p, of each sampled token. Never negative, and
-# right on average.
+# (G6) k3 = exp(d) − d − 1 with d = log p_ref − log p, for each sampled token. It is never negative,
+# and right on average.
 
 # %%
 def k3(logprobs, ref_logprobs):
@@ -142,17 +143,17 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# **Check.** Both are right on average (the cell asserts it). Near the reference, where a KL
-# penalty keeps the policy, k3 scatters far less. Far from it, k3 scatters *more*: exp(d) is huge
-# where a token has become very improbable. Those are the spikes that one sees in training curves.
+# **Check.** Both are right on average (the cell asserts it). Near the reference, where a KL penalty
+# keeps the policy, k3 scatters far less. Far from it, k3 scatters *more*: exp(d) is huge where a
+# token has become very improbable. That is where the spikes in training curves come from.
 #
 # ## “Why is my loss 0?”
 #
-# Now a real model: one object a picture, pre-trained in seconds by the loop of notebook 03. The
+# Now a real model: one object per picture, pre-trained in seconds by the loop of notebook 03. The
 # reward of this demonstration is the share of red pixels: any reward would do.
 #
-# > **Predict.** Loss and gradient norm of the first update after sampling? And when the *same*
-# > samples are used four times?
+# > **Predict.** What are the loss and the gradient norm of the first update after sampling? And
+# > when the *same* samples are used four times?
 
 # %%
 base = course.small_base()
@@ -185,10 +186,10 @@ for i in range(4):
 # From the second pass on the policy has moved, the loss is negative, and some ratios are outside
 # the clip range.
 #
-# ## Groups that teach nothing
+# ## Uninformative groups
 #
-# If all candidates of a group get the same reward, every advantage is 0. With a binary reward that
-# is common.
+# If all candidates of a group get the same reward, every advantage is 0: the group is
+# *uninformative*. With a binary reward that is common.
 
 # %%
 def zero_spread(p, group_size):
@@ -200,8 +201,8 @@ def zero_spread(p, group_size):
 course.check(zero_spread)
 
 # %% [markdown]
-# The task: write the caption of a picture, word for word as in the key; a rule, right or wrong.
-# 160 pictures, 16 captions each, which we also read as groups of 8, 4 and 2.
+# The task: caption a picture, word for word as in the answer key. The reward is a rule: right or
+# wrong. We sample 16 captions for each of 160 pictures, and also read them as groups of 8, 4 and 2.
 #
 # > **Predict.** About one caption in eight is right. What share of groups has no spread at G = 2,
 # > 4, 8, 16? More or less than if every prompt were equally hard?
@@ -228,10 +229,10 @@ plt.show()
 
 # %% [markdown]
 # **Check.** With a larger group fewer groups are uninformative, but each step costs more. Prompts
-# that differ can only make it worse: your formula is convex in p, so easy and hopeless prompts add
-# more groups without spread than prompts in between save (Jensen). Here they differ little, since
-# every picture has one object. `train.py` samples more questions than it keeps, and keeps the
-# groups with the widest spread.
+# of unequal difficulty can only make it worse: your formula is convex in p, so easy and hopeless
+# prompts add more uninformative groups than prompts in between save (Jensen). Here prompts differ
+# little, since every picture has one object. `train.py` samples more questions than it keeps, and
+# keeps the groups with the widest spread.
 #
 # ## Who deserves the credit?
 #
@@ -241,7 +242,7 @@ plt.show()
 
 # %%
 def given_prefix(layout, known):
-    """The same row, where the first `known` columns of the picture are given, not chosen."""
+    """The same layout, but the first `known` columns of the picture are given, not chosen."""
     later = copy.copy(layout)
     later.chosen, later.columns = layout.chosen.clone(), layout.columns[known:]
     later.chosen[layout.columns[:known]] = False
@@ -250,7 +251,7 @@ def given_prefix(layout, known):
 
 
 def prefix_values(example, row, n=512):
-    """(17,): the chance that a drawing, a row (L,), ends right, given its first 0, 1, ..., 16
+    """(17,): the chance that a drawing, a row (L,), ends up right, given its first 0, 1, ..., 16
     codes."""
     values, codes = [], row[layout.chosen]
     for known in range(17):
@@ -258,7 +259,7 @@ def prefix_values(example, row, n=512):
         if known < 16:
             noise = torch.Generator().manual_seed(known)
             finished = sample(base.model, given_prefix(layout, known), row[None], n, noise)
-        assert (finished[:, layout.chosen][:, :known] == codes[:known]).all()  # what is given stays
+        assert (finished[:, layout.chosen][:, :known] == codes[:known]).all()  # the prefix is kept
         pictures = outputs(layout, finished, base.vocab, base.codebook)
         assert pictures.shape == (n, 1, 32, 32, 3)  # whole pictures, one for each candidate
         values.append(WorldJudge().draw([example] * n, pictures).mean())
@@ -304,11 +305,11 @@ for i, v in zip(picked, values):
           f"2 of the 16 steps make {steps[-2:].sum() / steps.sum():.0%} of all movement")
 
 # %% [markdown]
-# **Check.** The numbers say by how much each patch changed the chance to end right (`·`: by at
+# **Check.** The numbers say by how much each patch changed the chance to end up right (`·`: by at
 # most 0.1); they add up to the outcome minus the chance at the start. Most are near 0; the fate of
-# a picture is sealed where an object begins. GRPO knows nothing of this: it rewards all tokens
-# alike and relies on many groups to average out those that made no difference. That is the price
-# of having no value network.
+# a picture is sealed where an object begins. GRPO knows nothing about this: it gives all tokens the
+# same advantage and relies on many groups to average out the tokens that made no difference. That
+# is the price of having no value network.
 #
 # ## Planted bug: the mean
 #
@@ -316,8 +317,8 @@ for i, v in zip(picked, values):
 
 # %%
 def token_mean(per_token, mask):
-    """Exercise 5: find and mend the planted bug. (G9), "token": the mean loss of the valid tokens;
-    both (N, T). 0 where there is none."""
+    """Exercise 5: find and fix the planted bug. (G9), "token": the mean loss of the valid tokens;
+    both (N, T). 0 if there is none."""
     return (per_token * mask).sum() / mask.numel()
 
 
@@ -335,9 +336,9 @@ for longest in (4, 16, 64):
     print(f"longest row {longest:3}: grpo_loss {loss:.2f}, the function above {yours:.2f}")
 
 # %% [markdown]
-# **Check.** Every token's loss is 1 here, so any mean must be 1. With the bug the learning rate
-# depends on how long the longest row of a batch happens to be. Nothing crashes, and the curves
-# look fine.
+# **Check.** Every token's loss is 1 here, so any mean must be 1. With the bug the effective
+# learning rate depends on how long the longest row of a batch happens to be. Nothing crashes, and
+# the curves look fine.
 #
 # ## The check cell
 
