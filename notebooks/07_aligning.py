@@ -3,10 +3,10 @@
 #
 # **You will see** the whole GRPO loop in twenty lines; a naive reward that is hacked within a
 # minute while the true score falls; a KL penalty that holds the policy back; and then a better
-# reward, compared with the obvious alternative, and what it costs.
+# reward, what it costs, and how it compares with the obvious alternative.
 #
-# From `grpo.py`, `reward.py` and `eval.py`. The base is that of notebook 06: one object a picture,
-# noisy captions.
+# The code is in `grpo.py`, `reward.py` and `eval.py`. The base is that of notebook 06: one object
+# per picture, noisy captions.
 
 # %%
 import copy
@@ -32,17 +32,17 @@ base = course.small_base()
 layout = base.vocab.layout("draw")
 
 # %% [markdown]
-# One prompt, six drawings, two rewards: the film of this notebook. In each strip a row keeps its
-# noise, so what changes along it is the policy alone; the judge frames a drawing green where it is
-# right. (The film is shown here once the runs below have ended.)
+# One prompt, six drawings, two rewards: the film of this notebook. Each row of a strip keeps its
+# noise, so only the policy changes along it; a green frame means that the judge finds the drawing
+# right. (The film appears here once the runs below have ended.)
 
 # %%
 film = display("two rewards, soon", display_id="film")
 
 # %% [markdown]
-# Two numbers are measured throughout, on validation prompts, and never trained on: the judge's
-# **true score**, and **diversity**, the share of distinct pictures among the right ones of a
-# prompt.
+# Two numbers are measured throughout, on validation or test prompts, and never trained on: the
+# judge's **true score**, and **diversity**, the share of distinct pictures among the right ones of
+# a prompt.
 
 # %%
 def evaluator(policy, split="val", rewards=None):
@@ -100,7 +100,7 @@ def look(policy):
 
 
 # %% [markdown]
-# There is one pass over each rollout, so the old log-probs are the new ones, detached.
+# We take one pass over each rollout, so the old log-probs are the new ones, detached.
 #
 # ## A naive reward
 #
@@ -109,7 +109,7 @@ def look(policy):
 # %%
 def color_share(picture, color):
     """Exercise 1. picture (S, S, 3) uint8, color (r, g, b) -> share of the pixels that differ from
-    it by less than 60 in all, |r - r'| + |g - g'| + |b - b'|."""
+    it by less than 60 in total, |r - r'| + |g - g'| + |b - b'|."""
     raise NotImplementedError
 
 
@@ -138,7 +138,7 @@ runs = {f"kl_coef = {kl}": align(counted, kl, watch=True) for kl in (0, 1)}
 # %%
 def curves(runs, colors):
     """One seed: rewards and KL of the 64 drawings of a step; true score of 64 prompts × 6 drawings,
-    with 95% intervals that count the prompts alone."""
+    with 95% intervals over the prompts alone."""
     figure, axes = plt.subplots(1, 3, figsize=(7.8, 2.5))
     for (name, (_, history)), color in zip(runs.items(), colors):
         for ax, key in zip(axes, ("reward", "compose", "kl")):
@@ -174,17 +174,17 @@ for name, (_, history) in runs.items():
           f"true score {first['compose']:.2f} -> {last['compose']:.2f}")
 
 # %% [markdown]
-# **Check.** Without a penalty the policy floods the picture: it found what was *counted*. The
+# **Check.** Without a penalty the policy floods the picture: it found out what was *counted*. The
 # reward grows several times over, the true score collapses, and nothing in the training curve looks
-# wrong; it looks splendid. The KL penalty keeps the policy near the base, so that it gains mostly
-# in honest ways (a big object has more red than a small one).
+# wrong; it looks splendid. The KL penalty keeps the policy near the base, so it gains mostly in
+# honest ways (a big object has more red than a small one).
 #
 # But a penalty cannot tell good changes from bad ones. It buys time; it does not fix the reward.
 
 # %%
 def frozen_reference(policy):
-    """Exercise 2: find and mend the planted bug. The frozen copy of a policy from which the KL
-    is measured."""
+    """Exercise 2: find and fix the planted bug. The frozen copy of a policy from which the KL is
+    measured."""
     reference = policy
     reference.eval()
     return reference
@@ -199,8 +199,8 @@ course.check(frozen_reference)
 #
 # ## A better reward
 #
-# The CLIP of notebook 04, on this world's noisy captions: is the prompt likelier than all its own
-# edits together (R3)? Flat above (R8).
+# We train the CLIP of notebook 04 on this world's noisy captions. Its reward asks: is the prompt
+# likelier than all its own edits together (R3)? Once it is, the reward is flat (R8).
 
 # %%
 torch.manual_seed(0)
@@ -222,13 +222,13 @@ def matched(pictures, examples, rng):
     return rewards(base.source, "draw", examples, pictures, rng)[0]
 
 # %% [markdown]
-# A fair trial needs two more things. `train.py` keeps the **pre-training loss** in every step (T1),
-# against forgetting. And there is an obvious alternative: the same number of further *next-token*
-# steps, with the same schedule, each on 48 examples where GRPO's step had 24. Three seeds of each,
-# all from the same base.
+# A fair comparison needs two more things. `train.py` keeps the **pre-training loss** in every step
+# (T1), against forgetting. And there is an obvious alternative: the same number of further
+# *next-token* steps, with the same schedule, each on 48 examples, where (T1) adds 24 to a GRPO
+# step. Three seeds of each, all from the same base.
 #
-# > **Predict.** Which has the best true score at temperature 1, and which at its own best
-# > temperature? And which has the most variety?
+# > **Predict.** Which has the best true score at temperature 1, and which when each may choose its
+# > best temperature? And which has the most variety?
 
 # %%
 def more_training(seed, steps=45, lr=2e-3):
@@ -304,16 +304,16 @@ for what, k in (("at T = 1", 0), ("at the best T", 1), ("diversity at T = 1", 2)
 # %% [markdown]
 # **Check.** Read it slowly. A score at temperature 1, the right end of each line, is a headline;
 # the front says what it cost. A line is better than another only where it lies above it *at the
-# same diversity*. Reward training makes the policy surer of what it draws: that can raise the
-# score at T = 1, and it moves the whole line to the left. (T1) matters: compare the lines with and
+# same diversity*. Reward training makes the policy surer of what it draws: that can raise the score
+# at T = 1, and it moves the whole line to the left. (T1) matters: compare the lines with and
 # without it. On prompts like these, a lower temperature or plain further training gives much of the
-# gain for nothing. Notebook 10 asks where alignment gives more, and how much of a small difference
-# is luck.
+# gain for free. Notebook 10 asks where alignment gives more, and how much of a small difference is
+# luck.
 #
 # ## Without any learning
 #
-# The same reward can simply *choose*: sample n pictures, keep the best. How far would a perfect
-# reward get?
+# The same reward can simply *choose* (best of n): sample n pictures, keep the best. How far would a
+# perfect reward get?
 
 # %%
 def best_of_n(p, n):
@@ -358,7 +358,7 @@ print(f"of what a perfect reward would gain with 8 samples, this one gains "
 
 # %% [markdown]
 # **Check.** The cheapest way to use a valid reward is not to train at all, if you can afford n
-# samples for each answer, every time. Alignment is paid for once. A fair table shows both.
+# samples for each answer, every time. Alignment is paid for once. A fair comparison shows both.
 #
 # ## The check cell
 

@@ -2,13 +2,13 @@
 # # 08 · Sick runs: six logs, six causes
 #
 # **You will see** the logs of six short GRPO runs, each with *one* thing wrong, beside a healthy
-# run. You say what is wrong, and which panel shows it. Then the reading: how each symptom follows
-# from its cause.
+# run. You say what is wrong, and which panel shows it. Then come the explanations: how each symptom
+# follows from its cause.
 #
-# The logs were measured by `python notebooks/sick_runs.py`, which changes one thing at a time in
+# The logs were recorded by `python notebooks/sick_runs.py`, which changes one thing at a time in
 # `train.py`, `grpo.py` or the reward. That file names the causes: open it afterwards. All runs
-# start from the base of notebook “Aligning a model”: 40 rollouts of 32 prompts × 8 drawings, and 8
-# passes over each rollout. Nothing is trained here.
+# start from the base of the notebook “Aligning a model” and take 40 rollouts of 32 prompts × 8
+# drawings, with 8 passes over each rollout. Nothing is trained here.
 
 # %%
 import io
@@ -34,8 +34,8 @@ print(f"logs {', '.join(n for n in LOGS if n != 'about')}; {len(healthy)} column
 #
 # | panel | what it shows |
 # |---|---|
-# | `reward` | mean reward of what was sampled: what training raises |
-# | `judge` | share of drawings that a judge finds right, on other prompts: never trained on |
+# | `reward` | mean reward of the samples: what training maximises |
+# | `judge` | share of drawings that the judge finds right, on other prompts; never trained on |
 # | `kl` | exact KL to the base (G10) |
 # | `entropy` | entropy of the policy's choices (G10) |
 # | `zero spread` | share of groups in which all rewards are equal |
@@ -73,7 +73,7 @@ def draw(ax, log, name, color, wide=1.6):
 
 # %%
 def finish(ax, name, logs):
-    """The limits of a panel, and a word where the curve of a log is flat."""
+    """The limits of a panel, and a note where the curve of a log is flat."""
     if name in LIMITS:
         ax.set_ylim(*LIMITS[name])
     elif name != "reward":
@@ -115,10 +115,11 @@ panels(PANELS, {"healthy": (healthy, BLUE)}, "the healthy run")
 
 # %% [markdown]
 # Study the healthy run first. The reward and the judge rise *together*. KL and entropy stay near
-# where they were. From 3% to almost half of the groups have no spread: as drawings get better,
-# more groups are all right. In the **first** pass over a rollout nothing is outside the clip range
-# (dotted, at 0): the policy has not moved since it sampled, and all ratios are exactly 1. In the
-# last pass 5% to 9% are outside, and fewer only at the end, where the learning rate goes to 0.
+# where they were. The share of groups without spread grows from 3% to almost half: as drawings get
+# better, in more groups all are right. In the **first** pass over a rollout nothing is outside the
+# clip range (dotted, at 0): the policy has not moved since it sampled, and all ratios are exactly
+# equal to 1. In the last pass 5% to 9% are outside, and fewer only at the end, where the learning
+# rate goes to 0.
 #
 # ## Two checks that every trainer should have
 #
@@ -127,7 +128,7 @@ panels(PANELS, {"healthy": (healthy, BLUE)}, "the healthy run")
 # %%
 def first_pass_gap(logprobs, old_logprobs, mask):
     """Exercise 1. Log-probs (N, T) of the loss's first pass and of the sampler, mask (N, T) of
-    bools -> the largest absolute difference of a valid token, a number; 0 where none is valid.
+    bools -> the largest absolute difference over the valid tokens, a number; 0 if none is valid.
     Padding may hold nan or -inf."""
     raise NotImplementedError
 
@@ -171,7 +172,7 @@ watched = [c for columns, _, _ in PANELS.values() for c in columns if c != "rewa
 print(f"{'step of the alarm':18}" + "".join(f"{n:>9}" for n in LOGS if n != "about"))
 for column in watched:
     sign, normal = signs.get(column, 1), [y for y in healthy[column] if y is not None]
-    limit = 1.5 * max(normal) + 0.01 if sign > 0 else -min(normal) / 2  # below half of its least
+    limit = 1.5 * max(normal) + 0.01 if sign > 0 else -min(normal) / 2  # below half of its smallest
     steps = []
     for log in (log for name, log in LOGS.items() if name != "about"):
         values = [sign * y for y in log[column] if y is not None]
@@ -180,12 +181,12 @@ for column in watched:
     print(f"{column:18}" + "".join(f"{s:>9}" for s in shown))
 
 # %% [markdown]
-# **Check.** Several logs raise the same alarm, and one alarm alone names no cause: you will have
-# to look at *which comes first* and at what did **not** move. (The judge is asked every 4 steps.)
+# **Check.** Several logs raise the same alarm, and no single alarm identifies a cause: you will
+# have to look at *which comes first* and at what did **not** move. (The judge looks every 4 steps.)
 #
 # ## The six logs
 #
-# Grey is the healthy run in all of them. For each log write down: what moves first? What does not
+# The healthy run is grey in all of them. For each log write down: what moves first? What does not
 # move that should? Which panel could not look like this in any of the other five runs?
 
 # %%
@@ -217,13 +218,13 @@ look_at("F")
 # |---|---|
 # | `kl` | the weight of the KL penalty is 0 |
 # | `no spread` | every candidate gets the same reward as the others of its group |
-# | `entropy` | an entropy bonus has the wrong sign: certainty is paid |
+# | `entropy` | an entropy bonus has the wrong sign: certainty is rewarded |
 # | `temperature` | sampled at one temperature, scored at another |
-# | `clip` | `max` stands where the clipped objective (G7) has `min` |
+# | `clip` | `max` instead of `min` in the clipped objective (G7) |
 # | `hacked` | the reward can be raised without doing what the prompt asks |
 #
-# Each cause has one log. Name the panel that tells it from the other five: where two would do,
-# either is accepted.
+# Each cause belongs to one log. Name the panel that distinguishes it from the other five; where two
+# panels do, either is accepted.
 
 # %%
 def diagnosis():
@@ -235,9 +236,9 @@ def diagnosis():
 course.check(diagnosis)
 
 # %% [markdown]
-# **Stop here until you have written yours.** The reading below names the logs.
+# **Stop here until you have written yours.** The explanations below name the logs.
 #
-# ## The reading
+# ## The explanations
 
 # %%
 answers = course.use(diagnosis)()
@@ -252,11 +253,11 @@ def reading(cause, names):
 reading("no spread", ("zero spread", "gradient", "kl", "reward"))
 
 # %% [markdown]
-# **No spread: nothing ever happens.** Every candidate was given the mean reward of its group,
-# as happens when a reward looks at the prompt only, or when a rule never fires. The advantage is
+# **No spread: nothing ever happens.** Every candidate was given the mean reward of its group. The
+# same happens when a reward looks at the prompt only, or when a rule never fires. The advantage is
 # r − mean = 0 for all, the loss has no gradient, and the KL penalty has none at the reference
-# either. So the policy stays the base to the last bit: KL 0, gradient 0, ratios 1. The reward
-# still goes up and down, since every step has other prompts: do not mistake that for learning. The
+# either. So the policy stays the base to the last bit: KL 0, gradient 0, ratios 1. The reward still
+# goes up and down, since every step has different prompts: do not mistake that for learning. The
 # run looks *calm*. A calm KL panel is a warning.
 
 # %%
@@ -270,11 +271,11 @@ reading("temperature", ("outside", "entropy", "judge", "reward"))
 # it in the first step. The mean ratio tells you nothing: it is 0.97 to 1.00, since the ratio's
 # expectation under the sampler is 1 whatever the two temperatures are.
 #
-# Why do entropy and KL grow? (G7) suggests it. Tokens that are likely at 1 have a ratio above 1
-# and are clipped where their advantage is positive; rare tokens have a ratio below 1 and are
-# clipped where it is negative. Good likely tokens are no longer pushed up, bad rare ones no longer
-# down: the policy drifts towards the flat distribution that it is shown. The reward hardly moves;
-# the judge falls to 0.
+# Why do entropy and KL grow? (G7) suggests an answer. Tokens that are likely at temperature 1 have
+# a ratio above 1 and are clipped where their advantage is positive; rare tokens have a ratio below
+# 1 and are clipped where it is negative. Good likely tokens are no longer pushed up, bad rare ones
+# no longer down: the policy drifts towards the flatter distribution of its samples. The reward
+# hardly moves; the judge falls to 0.
 
 # %%
 reading("clip", ("largest ratio", "gradient", "outside", "judge"))
@@ -283,8 +284,8 @@ reading("clip", ("largest ratio", "gradient", "outside", "judge"))
 # **Clip: the brake is an accelerator.** With `max`, a good token that is already 1.1 times as
 # likely is pushed further and further, and one that became rarer by mistake gets no gradient. From
 # the first rollout on, the gradient of the last pass is four times the healthy one (0.65 against
-# 0.15), because the clip no longer takes tokens out. Single ratios reach 150, where the healthy run
-# has 6 at most. Up to 18% of the tokens are outside, twice as many.
+# 0.15), because the clip no longer takes any tokens out of it. Single ratios reach 150; in the
+# healthy run the largest is about 6. Up to 18% of the tokens are outside, twice as many.
 #
 # But **reward and judge do not show it.** They are noisy and react late, and end where the healthy
 # run ends once the learning rate goes down. In a trial with three passes over each rollout we saw
@@ -295,16 +296,16 @@ reading("clip", ("largest ratio", "gradient", "outside", "judge"))
 reading("entropy", ("entropy", "zero spread", "judge", "kl"))
 
 # %% [markdown]
-# **Entropy: certain, and finished.** Half of the entropy was *added* to the loss, where a bonus is
-# subtracted. After 8 steps the policy has a quarter of its entropy left, after 24 less than 2%.
-# All eight candidates of a group are then the same drawing, so groups have no spread (second
-# panel: the same symptom as in “no spread”, but it *comes* here and was *there* before), and the
-# advantage is 0: learning has ended. The reward stops with it.
+# **Entropy: certain, and finished.** Half of the entropy was *added* to the loss; a bonus has to be
+# subtracted. After 8 steps the policy has a quarter of its entropy left, after 24 less than 2%. All
+# eight candidates of a group are then the same drawing, so groups have no spread (second panel: the
+# same symptom as in “no spread”, but here it *develops*; there it was present from the start), and
+# the advantage is 0: learning has ended. The reward stops rising, too.
 #
 # The judge does not fall. Most of the time it is higher than in the healthy run: a sharp policy
-# makes fewer slips, which is what a low temperature gives for nothing. What is gone is variety: of
-# the right drawings of a prompt, 0.17 are distinct (that is one of six), where the healthy run has
-# 0.51. Anyone who watches the judge alone will like this run.
+# makes fewer slips, as it does for free at a low temperature. What is gone is variety: of the right
+# drawings of a prompt, a share of 0.17 is distinct (one in six), against 0.51 in the healthy run.
+# Anyone who watches the judge alone will like this run.
 
 # %%
 reading("kl", ("kl", "judge", "reward", "entropy"))
@@ -312,9 +313,9 @@ reading("kl", ("kl", "judge", "reward", "entropy"))
 # %% [markdown]
 # **KL weight 0: drift.** The same reward, the same code, but nothing pulls back. The KL grows to
 # 0.38 nats a token, six times that of the healthy run, and wanders. The reward ends a little
-# *higher* than in the healthy run. The judge rises as long as the policy is near the base, and
-# then falls behind, from 0.69 to between 0.52 and 0.63: the reward was never trained on drawings so
-# far from the base, and the policy finds its mistakes. A penalty would have kept the policy where
+# *higher* than in the healthy run. The judge rises as long as the policy is near the base, and then
+# falls behind, from 0.69 to between 0.52 and 0.63: the reward was never trained on drawings so far
+# from the base, and the policy exploits its mistakes. A penalty would have kept the policy where
 # the reward can be trusted.
 
 # %%
@@ -322,12 +323,12 @@ reading("hacked", ("reward", "judge", "kl", "entropy"))
 
 # %% [markdown]
 # **Hacked: reward up, judge down.** The reward was the log of the share of pixels in the colour
-# that the prompt names. It rises without a pause, by 1.5 nats, while the judge falls from 0.50 to
-# 0.13. It pays for colour and area and is blind to shape and place. The KL penalty was on.
+# that the prompt names. It rises by 1.5 nats, while the judge falls from 0.50 to 0.13. It rewards
+# colour and area and is blind to shape and position. The KL penalty was on.
 #
-# This log and the one before are easily confused. Both have a large KL (this one has the larger,
-# in spite of the penalty), and in both the reward does well. The difference is *when* the judge
-# falls: here at once, while the KL is still small, and far below the base; there late, and never
+# This log and the one before are easily confused. Both have a large KL (this one has the larger, in
+# spite of the penalty), and in both the reward does well. The difference is *when* the judge falls:
+# here from step 8 on, while the KL is still small, and far below the base; there late, and never
 # below the base. Without a judge, the curves of a hacked reward look the best of all seven.
 #
 # ## What to watch
@@ -336,14 +337,14 @@ reading("hacked", ("reward", "judge", "kl", "entropy"))
 # |---|---|
 # | ratios differ from 1 in the first pass | sampler and loss disagree: temperature, precision |
 # | no spread from the first step | the reward does not see the candidate |
-# | no spread that grows while entropy falls | collapse: check signs, learning rate, KL weight |
+# | groups lose their spread while entropy falls | collapse: check signs, learning rate, KL weight |
 # | single ratios of 100, large gradients in late passes | the clip, or too many passes |
-# | KL grows without an end | weight of the penalty, learning rate |
+# | KL keeps growing | weight of the penalty, learning rate |
 # | reward up, judge down | the reward |
 # | a KL of exactly 0 | nothing is learned, or the reference is the policy itself |
 #
 # These are six runs of one seed on a tiny model. The symptoms follow from the equations; their
-# sizes are those of this example.
+# sizes are specific to this example.
 #
 # ## The check cell
 

@@ -2,11 +2,11 @@
 # # 09 · Kernels: memory, rooflines, fusing
 #
 # **You will see** that the logits are the largest tensor a language model makes; how a softmax is
-# computed in pieces, without ever holding all of them; which operations are limited by arithmetic
+# computed in pieces, without ever holding all logits; which operations are limited by arithmetic
 # and which wait for memory; and how `kernels.py` uses all this.
 #
-# From `kernels.py`. Everything runs on a CPU; the ideas also hold on a GPU, whose numbers are 100
-# times larger.
+# The code is in `kernels.py`. Everything runs on a CPU; the ideas also hold on a GPU, whose numbers
+# are 100 times larger.
 
 # %%
 import functools
@@ -28,9 +28,9 @@ course.map(9)
 # ## The largest tensor
 #
 # N sequences of T tokens, hidden states of width C, a vocabulary of V. The loss needs *one*
-# log-prob of each token, but the plain way computes V logits for it. In its backward pass autograd
-# holds three float32 numbers for each of them: the log-softmax, its gradient, and the gradient of
-# the logits.
+# log-prob per token, but the plain way computes V logits to get it. In the backward pass autograd
+# holds three float32 numbers for each logit: the log-softmax, its gradient, and the gradient of the
+# logits.
 
 # %%
 def logits_bytes(n, t, v):
@@ -42,9 +42,9 @@ def logits_bytes(n, t, v):
 course.check(logits_bytes)
 
 # %% [markdown]
-# > **Predict.** In GB: this repository's GPU preset (512 pictures of 64 codes, 1,500 ids)? A model
-# > of 8 billion parameters on 16 texts of 1,024 tokens, 128,256 ids? Is that more than its
-# > weights, or more than what its optimizer keeps?
+# > **Predict.** How many GB are that for this repository's GPU preset (512 pictures of 64 codes,
+# > 1,500 ids)? For a model of 8 billion parameters on 16 texts of 1,024 tokens, with 128,256 ids?
+# > Is the latter more than the model's weights, or more than the state of its optimizer?
 
 # %%
 held, rest = course.use(logits_bytes), 0.0
@@ -61,9 +61,9 @@ print(f"the 8 B model: logits {logits:.0f} GB, the rest {rest:.0f} GB")
 
 # %% [markdown]
 # **Check.** One layer, the last, takes more than all weights, and more than the hidden states of
-# all layers together; the optimizer's moments are larger still. But weights and moments are
-# needed, and the logits are not: of V numbers for each token the loss uses one. (With LoRA or a
-# sharded optimizer the logits *are* the largest part.)
+# all layers together; the optimizer's moments are larger still. But weights and moments are needed,
+# and the logits are not: of V numbers per token the loss uses one. (With LoRA or a sharded
+# optimizer the logits *are* the largest part.)
 #
 # ## A softmax in pieces
 #
@@ -75,7 +75,7 @@ def online_logsumexp(chunks):
     """Exercise 2. An iterable of logits (m, v), pieces of the same rows one after another -> log
     sum exp over all of them, (m,). Only one piece is in memory at a time.
 
-    Keep two numbers a row: the maximum so far, and the sum of exp(z - maximum). When the maximum
+    Keep two numbers per row: the maximum so far, and the sum of exp(z - maximum). When the maximum
     moves, rescale the sum."""
     raise NotImplementedError
 
@@ -88,17 +88,17 @@ course.check(online_logsumexp)
 
 # %%
 def logprob_gradient(logits, tokens):
-    """Exercise 3. logits (m, V), chosen ids (m,) -> the derivative of the sum of their log-probs by
-    the logits, (m, V)."""
+    """Exercise 3. logits (m, V), chosen ids (m,) -> the derivative of the sum of their log-probs
+    with respect to the logits, (m, V)."""
     raise NotImplementedError
 
 
 course.check(logprob_gradient)
 
 # %% [markdown]
-# ## Which tensors are really made
+# ## Which tensors are really created
 #
-# We watch every tensor that PyTorch makes while it computes loss and gradients, in two ways.
+# We watch every tensor that PyTorch creates while it computes loss and gradients in two ways.
 # `plain` is what autograd does. `fused` works through the tokens in chunks, computes the gradient
 # of a chunk at once (a token's gradient depends on that token alone) and drops the chunk's logits.
 #
@@ -170,30 +170,30 @@ plt.show()
 print("largest difference of loss and gradients:", *(f"{x:.0e}" for x in apart))
 
 # %% [markdown]
-# **Check.** The same numbers up to rounding; the plain way makes tensors that grow with the batch,
-# the fused one never more than a chunk, whatever the batch. Whether it is also faster depends on
-# the machine and the size: the work is the same, but large tensors have to go through memory
-# several times, and small chunks do not keep the machine busy.
+# **Check.** The results agree up to rounding. The plain way creates tensors that grow with the
+# batch; the fused way never creates more than a chunk, whatever the batch. Whether it is also
+# faster depends on the machine and the size: the work is the same, but large tensors have to go
+# through memory several times, and small chunks do not keep the machine busy.
 #
 # ## The roofline
 #
-# A machine can do only so many operations a second and move only so many bytes a second. The
-# **intensity** of a computation is how many operations it does for every byte it moves; below a
+# A machine can do only so many operations per second and move only so many bytes per second. The
+# **intensity** of a computation is the number of operations for every byte it moves; below a
 # certain intensity the arithmetic units wait for memory.
 
 # %%
 def attainable(intensity, peak, bandwidth):
-    """Exercise 4. Operations a second that an operation of this intensity (operations a byte) can
-    reach at best, on a machine with this peak (operations a second) and bandwidth (bytes a
-    second)."""
+    """Exercise 4. The most operations per second that a computation of this intensity (operations
+    per byte) can reach, on a machine with this peak (operations per second) and bandwidth (bytes
+    per second)."""
     raise NotImplementedError
 
 
 course.check(attainable)
 
 # %% [markdown]
-# > **Predict.** Order by intensity: multiplying two 1,024 × 1,024 matrices; a matrix with one
-# > vector (one token is sampled); a softmax; exp.
+# > **Predict.** Order by intensity: multiplying two 1,024 × 1,024 matrices; a matrix and one vector
+# > (one token is sampled); a softmax; exp.
 
 # %%
 def best_seconds(function, repeats=5):
@@ -234,26 +234,27 @@ ax.set(xlabel="intensity, operations a byte", ylabel="billion operations a secon
        ylim=(0.1, peak / 1e9 * 3), xlim=(0.05, 2000),
        title=f"Below {peak / bandwidth:.0f} operations a byte, memory decides")
 plt.show()
-print(f"a second: {peak / 1e9:.0f} billion operations, or {bandwidth / 1e9:.1f} billion bytes")
+print(f"per second: {peak / 1e9:.0f} billion operations, or {bandwidth / 1e9:.1f} billion bytes")
 slow = [name for name, (intensity, _) in points.items() if intensity < peak / bandwidth]
 print("left of the bend:", ", ".join(slow))
 
 # %% [markdown]
-# **Check.** Blue is a matrix of 4,096 × 4,096 times that many tokens. One token is a matrix *times
-# a vector*: every weight is read for two operations, so it lies on the slope, waits for memory, and
-# a faster processor would not help. That is why sampling is slow, and why a group helps: the
-# weights are read once for 64 candidates. (A point may lie a little above the roof: the slope was
-# measured by copying, and reading alone is faster. `exp` is far below it: we count as one operation
-# what takes a processor about twenty.) On a GPU of the H100 class the bend lies at a few hundred
-# operations a byte, so nearly everything except large products waits for memory.
+# **Check.** A blue point is a matrix of 4,096 × 4,096 times that many tokens. One token is a matrix
+# *times a vector*: every weight is read for two operations, so the point lies on the slope, the
+# processor waits for memory, and a faster one would not help. That is why sampling is slow, and why
+# a group helps: the weights are read once for 64 candidates. (A point may lie a little above the
+# roof: the slope was measured by copying, and reading alone is faster. `exp` is far below it: we
+# count as one operation what takes a processor about twenty.) On a GPU of the H100 class the bend
+# lies at a few hundred operations per byte, so nearly everything except large products waits for
+# memory.
 #
 # ## Fusing
 #
 # The GRPO objective itself is elementwise: ratio, clip, min, mask. On a GPU every such operation
 # is a *kernel*: start it, read everything, do one thing, write everything.
 #
-# > **Predict.** How many operations does `grpo_loss` start, on (N, T) log-probs that are already
-# > there? Forward only.
+# > **Predict.** How many operations does `grpo_loss` start, given the (N, T) log-probs? Forward
+# > pass only.
 
 # %%
 logprobs = torch.randn(512, 64)
