@@ -391,8 +391,8 @@ plt.show()
 # %% [markdown]
 # **Check.** The estimate is right on average everywhere (the cell asserts it). Close to the old
 # policy an old sample is as good as a fresh one, and even better where the right arm is still rare.
-# Far away it is worth little: nearly all samples have a weight close to 0, and a rare one has a weight
-# of up to 49. Old samples are good for policies *close* to the old one.
+# Far away it is worth little: nearly all samples have a weight close to 0, and a rare one has a
+# weight of up to 49. Old samples are good for policies *close* to the old one.
 #
 # ## The clip
 #
