@@ -53,7 +53,7 @@ def front(method, seed):
 
 # %% [markdown]
 # `base`: the pre-trained model. `lvrpo`: the same after reward training and GRPO. `unified`: the
-# same after *more pre-training for the same seconds*, the obvious alternative. A picture of three
+# base after *more pre-training for the same seconds*, the obvious alternative. A picture of three
 # objects never came with a caption, but `lvrpo` was prompted for three in alignment.
 #
 # ## 1. One temperature
@@ -166,12 +166,12 @@ for method in ("lvrpo", "unified"):
     print(f"{method:9}{np.mean(total):5.0f} s ({min(total)} to {max(total)}): {', '.join(parts)}")
 
 # %% [markdown]
-# Equal *seconds* is the rule of this repository, the training of the reward included. `unified`
-# got as many seconds as the `lvrpo` run of its seed had taken, but a machine that also does other
-# things is not equally fast at all times: look at the ranges before you trust the rule.
-# Equal tokens, or equal *labels*, would be other questions with other answers. GRPO has seen the
-# key of every question it was rewarded for; `sft`, a control in section 7, learns from the same
-# keys by plain next-token training.
+# Equal *seconds* is the rule of this repository, the training of the reward included. `unified` got
+# as many seconds as the `lvrpo` run of its seed had taken, but a machine that is also doing other
+# things varies in speed: look at the ranges before you trust the rule. Equal tokens, or equal
+# *labels*, would be other questions with other answers. GRPO has seen the key of every question it
+# was rewarded for; `sft`, a control in section 7, learns from the same keys by plain next-token
+# training.
 #
 # ## 4. Too few seeds, too few items
 #
@@ -239,7 +239,7 @@ for verdict in ("ahead", "behind", "open"):
 # %% [markdown]
 # **Check.** Grey intervals contain 0: they show nothing, whatever the mean. Student's t is 4.3 with
 # three seeds and 2.8 with five, so one odd seed makes an interval huge; that is not pedantry, it is
-# all that so few numbers can tell. Red intervals are losses: they belong in a table as well.
+# all that so few numbers can tell us. Red intervals are losses: they belong in a table as well.
 #
 # ## 5. Looking until something shines
 #
@@ -319,7 +319,7 @@ for name, others in (("baselines", columns[:4]), ("controls", columns[4:])):
 # with the same information? Then look at the noise that the second cell printed. In the first
 # edition 70% of the pre-training answers about places and numbers were "vague", so the likeliest
 # answer was a wrong one; GRPO alone was given clean keys, and its pre-training pairs were filtered
-# by its reward. The gain in `vqa` was entirely in those kinds of question. So it is real, but it
+# by its reward. The gain in `vqa` was entirely in those kinds of questions. So it is real, but it
 # says how much that noise cost, not how good the method is: **the dose of noise, and who knows
 # what, are part of the claim**. That is why the second edition has no such noise, gives every
 # method the same information, and measures again.
@@ -372,8 +372,8 @@ for verdict in COLORS:
 # **Check, and a conclusion.** Read the column `unified` first, then the controls.
 #
 # * **What nobody labelled, GRPO learns.** Drawings and captions of three objects, and pairs of
-#   objects that no caption ever joined, cannot be copied from any text and picture. A reward that
-#   knows near misses is enough, and more next tokens are not.
+#   objects that no caption ever joined, cannot be copied from any pair of text and picture. A
+#   reward that knows near misses is enough, and more next tokens are not.
 # * **What has a key, plain training on the key learns better**, and by a wide margin: the same
 #   questions, the same answers, the same seconds. A reward of 0 or 1 tells less about an answer
 #   than the answer does. GRPO on questions is for cases where nobody knows the key but somebody
