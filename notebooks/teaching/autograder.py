@@ -1,9 +1,9 @@
-"""Points for a submission of the homework: three questions of code on hidden inputs, two of
+"""Points for a submission of the homework: three coding questions on hidden inputs, two with fixed
 answers.
 
-Every question runs in a process of its own, so that a submission may raise, loop, exit or print:
-it loses that question's points, and the others are graded. Inputs come from the seed: keep yours.
-The grader compares with expressions of its own. It is no guard against malice: a submission runs
+Every question runs in a process of its own, so that a submission may raise, loop, exit or print: it
+loses that question's points, and the others are graded. Inputs come from the seed: keep yours. The
+grader compares with expressions of its own. It does not guard against malice: a submission runs
 with your rights, so grade strangers' files in a container.
 
     $ python notebooks/teaching/autograder.py submission.py --seed 7 --limit 5
@@ -50,8 +50,8 @@ def require(ok, message):
 
 
 def call(submission, name, *inputs):
-    """The result of a function of the submission; Wrong where it is missing, raises, or writes into
-    its inputs."""
+    """The result of a function of the submission; Wrong if it is missing, raises, or modifies its
+    inputs."""
     function = getattr(submission, name, None)
     require(callable(function), f"{name}: there is no such function")
     given = copy.deepcopy(inputs)
@@ -64,12 +64,12 @@ def call(submission, name, *inputs):
     for before, after in zip(inputs, given):
         same = before == after if not isinstance(before, np.ndarray) else np.array_equal(
             before, after, equal_nan=before.dtype.kind == "f")  # fmt: skip
-        require(same, f"{name}: writes into its input")
+        require(same, f"{name}: modifies its input")
     return result
 
 
 def close(name, result, expected, tolerance=1e-6):
-    """Wrong unless a result is numbers like expected."""
+    """Wrong unless a result is close to the expected numbers."""
     expected = np.asarray(expected, float)
     try:
         result = np.asarray(result, float)
@@ -82,7 +82,7 @@ def close(name, result, expected, tolerance=1e-6):
 
 
 def number(name, value):
-    """A value as a float; Wrong if it is none."""
+    """A value as a float; Wrong if it is not a number."""
     plain = isinstance(value, (int, float, np.number, np.ndarray)) and np.ndim(value) == 0
     require(plain and not isinstance(value, bool), f"{name}: expected a number, got {value!r:.40}")
     require(np.isfinite(value), f"{name}: not finite")
@@ -141,10 +141,10 @@ def patching(submission, rng):
             key[-1] = key[0]
         others = [word for word in vocabulary if word not in key]
         n, shuffled = len(key), [key[i] for i in rng.permutation(len(key))]
-        require(abs(reward(key, shuffled) - 1) < 1e-9, "patched_reward: the key's words are not 1")
+        require(abs(reward(key, shuffled) - 1) < 1e-9, "patched_reward: the key shuffled is not 1")
         ladder = [reward(key, key[: n - k] + others[:k]) for k in range(min(n, len(others)) + 1)]
         falling = all(a > b + 1e-9 for a, b in zip(ladder, ladder[1:]))
-        require(falling, "patched_reward: a wrong word more does not lower it")
+        require(falling, "patched_reward: one more wrong word does not lower it")
         half = reward(key, key[: n // 2] + others[: n // 2])
         for name, answer in {
             "all words": vocabulary, "the key and all other words": key + others,
@@ -185,7 +185,7 @@ def comparing(submission, rng):
 
 
 def binomial_spread(p, size):
-    """The chance that a group has a right and a wrong candidate, by counting the wrong ways."""
+    """The chance that a group has both a right and a wrong candidate."""
     return 1 - p**size - (1 - p) ** size
 
 
@@ -260,7 +260,7 @@ def graded(submission, question, seed):
 
 
 def child(path, question, seed, file):
-    """Import a submission and write what it gets, a line a part, as soon as it is known."""
+    """Import a submission and write what it gets, one line per part, as soon as it is known."""
     try:
         submission = load(path)
     except BaseException as error:  # an exit as well
@@ -314,7 +314,7 @@ def points_of(path, question, seed, limit):
 
 
 def grade(path, seed, limit):
-    """Print a line a question and the total; returns the exit status."""
+    """Print one line per question and the total; returns the exit status."""
     if not Path(path).is_file():
         print(f"autograder: {path}: no such file", file=sys.stderr)
         return 2
@@ -343,7 +343,7 @@ def main():
     parser = argparse.ArgumentParser(description="Points for a submission of the homework.")
     parser.add_argument("submission", help="a file like homework.py")
     parser.add_argument("--seed", type=whole, default=0, help="of the hidden inputs, 0 or more")
-    parser.add_argument("--limit", type=float, default=10.0, help="seconds a question")
+    parser.add_argument("--limit", type=float, default=10.0, help="seconds per question")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:

@@ -1,9 +1,9 @@
 """The first cell of a notebook on Colab: fetches this repository and what it needs.
 
 `REPOSITORY` is the one place that holds the address. It is not set yet: set it here, once, to
-something that `git clone` takes, or give it on the command line.
+something that `git clone` accepts, or give it on the command line.
 
-    $ python notebooks/teaching/colab.py                            # prints the cell, to be pasted
+    $ python notebooks/teaching/colab.py                            # prints the cell to paste
     $ python notebooks/teaching/colab.py --repository https://github.com/OWNER/NAME
 
 Tried in a fresh virtual environment that, like Colab, has torch, numpy, pillow, tqdm and matplotlib
@@ -43,7 +43,7 @@ def first_cell(repository):
 
 def main():
     parser = argparse.ArgumentParser(description="Prints the first cell of a notebook on Colab.")
-    parser.add_argument("--repository", default=REPOSITORY, help="what `git clone` takes")
+    parser.add_argument("--repository", default=REPOSITORY, help="what `git clone` accepts")
     try:
         print(first_cell(parser.parse_args().repository))
     except ValueError as error:

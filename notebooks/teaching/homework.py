@@ -5,7 +5,7 @@
     ...
     total 0/100
 
-Use numpy and the standard library. Do not write into what you are given.
+Use numpy and the standard library. Do not modify the inputs.
 """
 
 import numpy as np
@@ -14,13 +14,13 @@ import numpy as np
 
 
 def dr_grpo_advantages(rewards):
-    """rewards (B, G) -> advantages (B, G): minus the mean of the group, over no std."""
+    """rewards (B, G) -> advantages (B, G): minus the mean of the group, not divided by a std."""
     raise NotImplementedError
 
 
 def dr_grpo_mean(per_token, mask, max_tokens):
-    """per_token (N, T), mask (N, T) of bools -> one number: the sum over the valid tokens, over
-    N * max_tokens, whatever the lengths. What stands at invalid positions may be nan."""
+    """per_token (N, T), mask (N, T) of bools -> one number: the sum over the valid tokens, divided
+    by N * max_tokens, whatever the lengths. Invalid positions may hold nan."""
     raise NotImplementedError
 
 
@@ -28,7 +28,7 @@ def dr_grpo_mean(per_token, mask, max_tokens):
 
 
 def naive_reward(key, answer):
-    """The reward with the loophole, given: which share of the key's words does the answer name?
+    """The reward with the loophole, given: what share of the key's words does the answer name?
     key, answer: lists of words."""
     return float(np.mean([word in answer for word in key]))
 
@@ -41,9 +41,9 @@ def cheat(vocabulary):
 
 def patched_reward(key, answer):
     """A reward from 0 to 1 without the loophole. 1 if the answer has the words of the key, each as
-    often as there, in any order; less otherwise. Of two answers as long as the key, the one with
-    more right words gets more. All words of a vocabulary of 22 get less than an answer as long as
-    the key of which half is right, for keys of 4 and 6 words."""
+    often as in the key, in any order; less otherwise. Of two answers as long as the key, the one
+    with more right words gets more. Naming all words of a vocabulary of 22 gets less than a
+    half-right answer as long as the key, for keys of 4 and 6 words."""
     raise NotImplementedError
 
 
@@ -64,7 +64,7 @@ def compare(ours, theirs):
 
 # A prompt is answered right with probability p, a group has G candidates, rewards are 1 or 0.
 ZERO_SPREAD = None  # p = 0.4, G = 4: the share of groups in which all rewards are equal
-WITH_SPREAD = None  # p = 0.05, 64 samples a step: (groups with spread at G = 4, the same at G = 16)
+WITH_SPREAD = None  # p = 0.05, 64 samples per step: (groups with spread at G = 4, and at G = 16)
 LEAST_GROUP = None  # p = 0.1: the smallest G at which 90% of the groups have a spread
 
 # ---------------------------------------------------------------- question 5: true or false
@@ -73,7 +73,7 @@ LEAST_GROUP = None  # p = 0.1: the smallest G at which 90% of the groups have a 
 STATEMENTS = {
     "a": None,  # the rewards [0.501, 0.5, 0.5, 0.5] push as hard as [1, 0, 0, 0]
     "b": None,  # a token of a long answer weighs as much as one of a short answer
-    "c": None,  # an advantage can have another sign than with the std
+    "c": None,  # an advantage can have a different sign than with the std
     "d": None,  # ten times the rewards give ten times the advantages
     "e": None,  # with --reduction sequence, a long wrong answer is punished less for each token
     "f": None,  # for answers of one length, the loss of the first pass is 0, as in GRPO

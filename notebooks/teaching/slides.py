@@ -14,8 +14,8 @@
 #     jupyter nbconvert --to slides --no-input notebooks/teaching/slides.ipynb
 #
 # This needs `pip install nbconvert`, which is not among the requirements of the repository. The
-# test suite therefore checks the slides' metadata, not the export. Pictures lie in `results/`, so
-# that the `.html` has to stay in this folder. `S` opens the speaker's notes.
+# test suite therefore checks the slides' metadata, not the export. The pictures are in `results/`,
+# so the `.html` has to stay in this folder. `S` opens the speaker's notes.
 
 # %% slideshow={"slide_type": "skip"}
 import json
@@ -72,21 +72,21 @@ LOGS = json.loads((HERE / "sick_runs.json").read_text(encoding="utf-8"))
 #
 # * Attention with a causal mask: token *t* sees 0 … *t*.
 # * Rotary positions: the score of two tokens depends on their distance.
-# * A cache keeps keys and values, so that a new token costs one column.
+# * A cache keeps keys and values, so a new token costs one column.
 #
 # **Question.** A fresh model shows no influence of earlier tokens on later states. Is it causal?
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# It is, but the test cannot fail: matrices that write into the residual stream start at 0. Test
-# with random weights.
+# It is, but this test cannot fail: the matrices that write into the residual stream start at 0.
+# Test with random weights.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## Sampling
 #
 # * Softmax of the scores over a temperature *T*; only legal ids (words, or codes) take part.
 # * *T* → 0 takes the likeliest token.
-# * **Sample and score with the same ids and the same temperature.** Else the ratio of lecture 3 is
-#   not 1 even before the policy has moved.
+# * **Sample and score with the same ids and the same temperature.** Otherwise the ratio of lecture
+#   3 is not 1 even before the policy has moved.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # # Lecture 2
@@ -95,15 +95,15 @@ LOGS = json.loads((HERE / "sick_runs.json").read_text(encoding="utf-8"))
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## What do noisy captions teach?
 #
-# Captions name a wrong colour in 30% of cases, evenly over three others.
+# Captions name a wrong colour in 30% of the cases, evenly over the three others.
 #
 # * Vote: what does the model draw at *T* = 1? And at *T* = 0.1?
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# * At *T* = 1 about what it was shown: wrong in some 30%.
+# * At *T* = 1 about what it was shown: a wrong colour in some 30%.
 # * At *T* = 0.1 nearly always the right colour: it is still the likeliest one.
-# * So a low temperature repairs *careless* errors for nothing. It does not repair a *systematic*
-#   one, whose likeliest answer is wrong.
+# * So a low temperature repairs *careless* errors for free. It does not repair a *systematic* one,
+#   whose likeliest answer is wrong.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## Who says what is better?
@@ -128,8 +128,8 @@ LOGS = json.loads((HERE / "sick_runs.json").read_text(encoding="utf-8"))
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## Every reward has blind spots
 #
-# * CLIP sees only what its negatives differ in.
-# * A rule sees only what it was written for.
+# * CLIP sees only what distinguishes its negatives.
+# * A rule sees only what it was written to see.
 # * Only *differences* of a Bradley-Terry reward mean anything: R = 3.1 is neither good nor bad.
 #
 # **In class.** Invent a reward. Your neighbour says how a policy will hack it.
@@ -144,8 +144,8 @@ LOGS = json.loads((HERE / "sick_runs.json").read_text(encoding="utf-8"))
 # $$A_i = \frac{r_i - \mathrm{mean}_j\, r_j}{\mathrm{std}_j\, r_j + \epsilon}$$
 #
 # * *G* candidates of one prompt; their mean is the baseline; no value network.
-# * [1, 1, 0, 0] gives ±0.87 (sample std). [1, 1, 1, 1] gives 0: such a group teaches nothing.
-# * Dr. GRPO: leave the std away, since a small one magnifies differences that mean little.
+# * [1, 1, 0, 0] gives ±0.87 (sample std). [1, 1, 1, 1] gives 0: such a group is uninformative.
+# * Dr. GRPO: leave out the std, since a small one magnifies differences that mean little.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## The clip
@@ -175,8 +175,8 @@ plt.show()
 #
 # ρ: new over old probability. d = log p_ref − log p: how far the policy is from the frozen base.
 #
-# **Why is my loss 0?** Right after sampling ρ = 1, so that the loss is minus the mean advantage,
-# 0 by construction. Its gradient is not 0. Watch the reward.
+# **Why is my loss 0?** Right after sampling ρ = 1, so the loss is minus the mean advantage, 0 by
+# construction. Its gradient is not 0. Watch the reward.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## A reward goes up. So?
@@ -193,7 +193,8 @@ axes[0].legend()
 plt.show()
 
 # %% [markdown] slideshow={"slide_type": "notes"}
-# From sick_runs.json: this is log C of the lab, so show it after the lab or say nothing of letters.
+# From sick_runs.json: this is log C of the lab, so show it after the lab, or do not mention the
+# letter.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## Six ways to be sick
@@ -203,11 +204,11 @@ plt.show()
 # | sampler and loss disagree | ratios differ from 1 in the first pass |
 # | no spread in any group | nothing moves: KL exactly 0 |
 # | clip with the wrong sign | single ratios of 100; reward and judge hide it |
-# | certainty is paid | entropy → 0, then no spread |
-# | no KL penalty | KL grows without an end |
+# | certainty is rewarded | entropy → 0, then no spread |
+# | no KL penalty | KL keeps growing |
 # | a reward with a loophole | reward up, judge down |
 #
-# Lab: diagnose six logs without being told (“Sick runs”).
+# Lab: diagnose six unlabelled logs (“Sick runs”).
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## Before and after
@@ -224,8 +225,9 @@ plt.show()
 # ## Where does the memory go?
 #
 # * Logits, their softmax and their gradient: 3 × 4 bytes for each of N · T · V.
-# * 16 rows of 1,024 tokens, 128,256 ids: **25 GB**, for one number a token.
-# * Online softmax: keep a running maximum and a running sum; a chunk of logits lives for a moment.
+# * 16 rows of 1,024 tokens, 128,256 ids: **25 GB**, for one number per token.
+# * Online softmax: keep a running maximum and a running sum; a chunk of logits lives only for a
+#   moment.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## What was found here
@@ -270,4 +272,4 @@ plt.show()
 # 2. Three seeds, the same seconds, `eval.py --compare`.
 # 3. Report the front, the interval, and what got worse.
 #
-# A result that does not hold is a result.
+# A result that does not hold is also a result.
