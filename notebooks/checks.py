@@ -1,8 +1,8 @@
-"""The checks of all exercises: one function each, of the exercise's name, given the student's.
+"""The checks of all exercises: one function each, named like it and given the student's answer.
 
 A check compares the answer with an independent expression on several random inputs, and says what
-is wrong: a shape, a value that is close or not close, the largest difference. Advice stands in
-hints.py. Inputs come from seeded generators, so that a check gives the same verdict every time.
+is wrong: a shape, a value that is close or not close, the largest difference. Advice is in
+hints.py. Inputs come from seeded generators, so a check gives the same verdict every time.
 """
 
 import copy
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 
 def draws(count=4):
-    """Seeded generators, one a trial."""
+    """Seeded generators, one per trial."""
     return [torch.Generator().manual_seed(seed) for seed in range(count)]
 
 
@@ -30,7 +30,7 @@ def whole(g, low, high):
 
 
 def same(got, expected, what, tolerance=1e-5):
-    """Fails unless got is a tensor or number like expected; `what` names the thing compared."""
+    """Fails unless got is a tensor or number equal to expected; `what` names what is compared."""
     assert got is not None, f"{what}: nothing is returned"
     got, expected = torch.as_tensor(got).detach(), torch.as_tensor(expected).detach()
     shapes = f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
@@ -45,12 +45,12 @@ def same(got, expected, what, tolerance=1e-5):
 
 
 def unchanged(answer, *inputs):
-    """The answer to some tensors; fails where it writes into them."""
+    """The answer to some tensors; fails if it modifies them."""
     before = [copy.deepcopy(x) for x in inputs]
     got = answer(*inputs)
     for x, y in zip(inputs, before):
         kept = not torch.is_tensor(x) or torch.equal(x, y)
-        assert kept, "it writes into its input, which the caller still needs"
+        assert kept, "it modifies its input, which the caller still needs"
     return got
 
 
@@ -84,7 +84,7 @@ def kmeans_step(answer):
             expected[k] = patches[code == k].mean(0)
         got = unchanged(answer, patches, entries)
         assert torch.is_tensor(got), "it returns no tensor"
-        assert not got.isnan().any(), "an entry that has no patches became nan"
+        assert not got.isnan().any(), "an entry without patches became nan"
         same(got, expected, "the moved entries", 1e-4)
 
 
@@ -233,7 +233,7 @@ def reinforce(answer):
             shape = tuple(each[-1].shape)
             assert shape == (4,), f"an estimate has shape {shape}, expected (4,)"
         mean = p @ torch.stack(each)
-        same(mean, exact, "the estimates of all arms, weighed by p, against autograd's gradient")
+        same(mean, exact, "the estimates of all arms, weighted by p, against autograd's gradient")
         same(torch.stack(each), rewards[:, None] * scores, "right on average, but single arms")
 
 
@@ -341,7 +341,7 @@ def token_mean(answer):
         loss, mask = rand(g, 4, 6), torch.rand(4, 6, generator=g) < 0.6
         mask[0, 0], mask[1] = True, False
         expected = sum(loss[mask].tolist()) / int(mask.sum())
-        moved = "the result changes when what stands in the padding changes"
+        moved = "the result changes when the padding changes"
         assert abs(float(answer(torch.where(mask, loss, 1e6), mask))) < 1e3, moved
         same(answer(loss, mask), expected, "the mean of the valid tokens")
         nan = torch.as_tensor(answer(torch.where(mask, loss, torch.nan), mask))
@@ -365,7 +365,7 @@ def color_share(answer):
             near += sum(abs(int(a) - int(b)) for a, b in zip(pixel, color)) < 60
         got = float(answer(picture, tuple(int(c) for c in color)))
         same(got, near / 256, "the share of near pixels")
-        assert (picture == before).all(), "it writes into the picture"
+        assert (picture == before).all(), "it modifies the picture"
 
 
 def frozen_reference(answer):
@@ -380,7 +380,7 @@ def frozen_reference(answer):
             policy.weight.add_(1.0)
         same(reference.weight.detach(), before, "the reference, after the policy took a step")
         asks = any(w.requires_grad for w in reference.parameters())
-        assert not asks, "the reference asks for gradients, and an optimizer would move it"
+        assert not asks, "the reference requires gradients, and an optimizer would move it"
 
 
 def best_of_n(answer):
@@ -389,7 +389,7 @@ def best_of_n(answer):
         expected = torch.tensor([1 - math.prod(1 - x for _ in range(n)) for x in p.tolist()]).mean()
         got = torch.as_tensor(answer(p, n))
         pooled = torch.allclose(got.double(), 1 - (1 - p.double().mean()) ** n, atol=1e-6)
-        assert not pooled, "this is the chance of an average prompt, not the average of the chances"
+        assert not pooled, "this is the chance for the average prompt, not the average of the chances"
         same(got, expected, f"the expected share with n = {n}")
 
 
@@ -403,7 +403,7 @@ def logits_bytes(answer):
 
 
 def passing(chunks):
-    """The pieces one at a time: each is gone once the next one is asked for."""
+    """The pieces one at a time: each is gone once the next one is requested."""
     for chunk in chunks:
         piece = chunk.clone()
         yield piece
@@ -415,7 +415,7 @@ def online_logsumexp(answer):
         logits = 5 * rand(g, 3, 12)
         got = answer(passing(logits.split((4, 3, 5), 1)))
         assert torch.is_tensor(got), "it returns no tensor"
-        assert not got.isnan().any(), "a piece was used after the next one was asked for"
+        assert not got.isnan().any(), "a piece was used after the next one was requested"
         same(got, logits.logsumexp(1), "the log of the sum", 1e-4)
     big = torch.tensor([[1000.0, 0.0, 2000.0, 0.0]])
     got = answer(passing(big.split(2, 1)))
@@ -494,7 +494,7 @@ def first_pass_gap(answer):
         new[0, 0] = old[0, 0] - 0.7  # the largest difference is a fall
         new[~mask], old[~mask] = torch.nan, -torch.inf
         got = torch.as_tensor(answer(new.clone(), old.clone(), mask.clone()))
-        assert not got.isnan(), "nan: what stands in the padding got into the result"
+        assert not got.isnan(), "nan: the padding got into the result"
         hint = "the largest absolute difference of two log-probs, over the valid tokens only"
         same(got.reshape(()), torch.tensor(0.7), hint)
     nothing = float(answer(new, old, torch.zeros_like(mask)))
@@ -530,8 +530,8 @@ def diagnosis(answer):
     assert pairs, f"{form}, two words each"
     causes = [cause for cause, _ in got.values()]
     assert set(causes) <= set(CAUSES), f"causes are {', '.join(CAUSES)}"
-    assert len(set(causes)) == 6, "each cause belongs to one log, and here one is named twice"
+    assert len(set(causes)) == 6, "each cause belongs to one log, but here one is named twice"
     right = sum(digest(letter, cause) in LOGS_OF_CAUSES for letter, (cause, _) in got.items())
     assert right == 6, f"{right} of 6 causes are right: what moves first, and what does not move?"
     shown = sum(digest(*pair) in PANELS_OF_CAUSES for pair in got.values())
-    assert shown == 6, f"all causes are right; {shown} of 6 panels tell theirs from the others"
+    assert shown == 6, f"all causes are right; {shown} of 6 panels distinguish theirs"

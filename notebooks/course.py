@@ -4,7 +4,7 @@
     course.start(minutes=1)      # versions, device, expected minutes; seeds; style of figures
     course.map(3)                # the whole pipeline, with the place of notebook 03
     course.check(my_function)    # tries it on random inputs: solved, open, or what is wrong
-    course.hint(my_function, 1)  # the first hint; 2, 3, ... come nearer to the answer
+    course.hint(my_function, 1)  # the first hint; 2, 3, ... come closer to the answer
     course.use(my_function)      # what later cells call: yours if it passes, else the solution
     course.final(f, g, h)        # the last cell: all exercises of a notebook at once
 """
@@ -50,7 +50,7 @@ STYLE = {
 
 
 def start(minutes):
-    """First cell: what runs here and how long it takes; fixes torch's seed and the style of
+    """First cell: what runs here and how long it takes; sets torch's seed and the style of
     figures."""
     plt.rcParams.update(STYLE)
     torch.manual_seed(0)
@@ -99,7 +99,7 @@ def map(lesson):
 
 
 def show_small(figure, colors=16, place=None):
-    """Displays a figure as a PNG of few colours: a third of the bytes in the notebook's file.
+    """Displays a figure as a PNG of few colours, with a third of the bytes.
     place: the handle of an earlier display, which the figure then replaces."""
     large, small = io.BytesIO(), io.BytesIO()
     figure.savefig(large, format="png")
@@ -113,8 +113,8 @@ def show_small(figure, colors=16, place=None):
 
 
 def show(pictures, titles=None, columns=8, right=None, title=None, size=1.15, labels=()):
-    """Pictures (32, 32, 3) uint8 in rows of `columns`, words above each. right: bools, framed green
-    where true and red where not. labels: words at the left of each row."""
+    """Pictures (32, 32, 3) uint8 in rows of `columns`, a title above each. right: bools, framed
+    green where true and red where not. labels: words to the left of each row."""
     rows = -(-len(pictures) // columns)
     words = [textwrap.wrap(t, max(8, int(17 * size))) for t in titles or ()]
     lines = sum(max(len(w) for w in words[i : i + columns]) for i in range(0, len(words), columns))
@@ -159,7 +159,7 @@ def film(runs, place, every=40):
 
 def reach(samples):
     """(2, n): how far the 95% intervals of the means of n samples reach down and up, as the yerr of
-    matplotlib: Wilson's for bools (E3), else by the standard error (E4)."""
+    matplotlib: Wilson's for bools (E3), otherwise from the standard error (E4)."""
     cells = [cell(sample) for sample in samples]
     reaches = [(c["value"] - c["low"], c["high"] - c["value"]) for c in cells]
     return np.array(reaches).T.clip(min=0)
@@ -170,7 +170,7 @@ COLUMNS = {"marker": "#4a4f58", "word, given": "#d9cba3", "code, given": "#b9cbe
 
 
 def strip(layout, tokens=None):
-    """(L,): what every column of a row holds, as a number of COLUMNS; tokens (L,) show its
+    """(L,): what every column of a row holds, as an index into COLUMNS; tokens (L,) show its
     <pad>."""
     kinds = torch.zeros(layout.length)
     for span in layout.spans:
@@ -235,7 +235,7 @@ def logprobs_of(model, layout, tokens, group=1):
 
 
 def next_token_loss(base, model, rng, n=48, wrong=0.3):
-    """Mean next-token loss of n noisy examples, two drawings to a caption. Captions are wrong twice
+    """Mean next-token loss of n noisy examples, two drawings for every caption. Captions are wrong twice
     as often as in data.NOISE, so that there is something left to align."""
     noise, total, tokens = NOISE | {"wrong": wrong}, 0.0, 0
     for task, count in (("draw", 2 * n // 3), ("caption", n // 3)):
@@ -261,8 +261,8 @@ def small_base(steps=160, lr=4e-3, seed=0):
 
 
 def update(model, optimizers, loss, lr):
-    """One step down the gradient of a loss, at a learning rate; returns the norm of the gradient
-    before it was clipped to 1."""
+    """One gradient step at a learning rate; returns the norm of the gradient before it was clipped
+    to 1."""
     model.zero_grad()
     loss.backward()
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
@@ -279,7 +279,7 @@ MARKS = {"solved": "✔", "open": "·", "not yet": "✘"}
 
 
 def status(function):
-    """("solved" | "open" | "not yet", what is wrong) of a student's function, by the check of its
+    """("solved" | "open" | "not yet", what is wrong) of a student's function, by the check with its
     name."""
     try:
         getattr(checks, function.__name__)(function)
@@ -297,7 +297,7 @@ def status(function):
 
 
 def check(function):
-    """Run the check of one exercise and print what came of it."""
+    """Run the check of one exercise and print the result."""
     name, (state, wrong) = function.__name__, status(function)
     print(f"{MARKS[state]} {name}: {state}")
     if wrong:

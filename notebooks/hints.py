@@ -1,7 +1,7 @@
 """The hints of all exercises, in steps: the first is gentle, the last is nearly the answer.
 
-`course.hint(my_function, 1)` prints the first one. A test holds that every exercise has at least
-two, and that none of them contains a line of the solution.
+`course.hint(my_function, 1)` prints the first one. A test checks that every exercise has at
+least two, and that none of them contains a line of the solution.
 """
 
 HINTS = {
@@ -40,10 +40,9 @@ HINTS = {
     ),
     "attend_next": (
         "There is no mask here: everything in the cache is the past.",
-        "Put the new key and value at the end of what was kept, before you attend: a token also "
-        "sees itself.",
+        "Append the new key and value to the cache before you attend: a token also sees itself.",
         "The scores are the matrix of all keys times the query, over the root of its length. "
-        "Softmax them, weigh the values, and return the result with both longer lists.",
+        "Softmax them, weight the values, and return the result with both longer lists.",
     ),
     "allowed_probs": (
         "Probabilities of the allowed ids must sum to 1, so the others have to be gone before "
@@ -56,7 +55,7 @@ HINTS = {
     # 03 pre-training and noise
     "noise_floor": (
         "The loss of an outcome is -log of its probability. How often does each loss occur?",
-        "Weigh each loss by its probability and add up. The logarithm is the natural one.",
+        "Weight each loss by its probability and add up. The logarithm is the natural one.",
         "An outcome of probability 0 never costs anything, but its logarithm is minus infinity: "
         "leave it out of the sum.",
     ),
@@ -87,7 +86,7 @@ HINTS = {
         "prompt.",
         "With two new axes, (B, G, 1) against (B, 1, G), every candidate meets every other one "
         "of its group.",
-        "Select the entries whose first is right and whose second is wrong. A positive "
+        "Select the entries whose first candidate is right and whose second is wrong. A positive "
         "difference of rewards counts 1, a difference of 0 counts one half, and the rest 0; "
         "then the mean.",
     ),
@@ -101,13 +100,13 @@ HINTS = {
     "reinforce": (
         "The estimate is a number times a vector. The number is the reward; which vector says "
         "how the logits change the log-probability of the pulled arm?",
-        "The notebook derives it: the derivative of log p(a) by logit k is 1 or 0, minus the "
-        "probability of arm k.",
+        "The notebook derives it: the derivative of log p(a) with respect to logit k is 1 or 0, "
+        "minus the probability of arm k.",
         "Start from the negated softmax of theta, a new tensor, and add 1 at the pulled arm. "
         "Then multiply by the reward.",
     ),
     "unbiased_advantages": (
-        "In the proof the baseline stands before the sum over arms. It may use every reward of "
+        "In the proof the baseline is taken out of the sum over arms. It may use every reward of "
         "the group but one.",
         "A natural choice for sample i is the mean of the rewards of the other G - 1 samples. "
         "The reward of one neighbour is unbiased too, but noisier.",
@@ -116,11 +115,11 @@ HINTS = {
     ),
     "importance_estimate": (
         "With one sample there is nothing to average. What is the weight of that sample?",
-        "The weight is the probability under the present policy over that under the old one. "
+        "The weight is the probability under the current policy over that under the old one. "
         "You have logarithms of both.",
-        "A difference of logarithms, exp, times the values, and the plain mean over N. Do not "
-        "divide by the sum of the weights: that is another, biased, estimate. Do not detach "
-        "anything.",
+        "Take the difference of the logarithms, then exp, times the values, then the plain mean "
+        "over N. Do not divide by the sum of the weights: that is another, biased, estimate. "
+        "Do not detach anything.",
     ),
     # 06 GRPO by hand
     "advantages": (
@@ -141,17 +140,17 @@ HINTS = {
     "k3": (
         "Both inputs are logarithms. Name their difference d, and mind its sign.",
         "The formula has exp(d), which must be p_ref / p: so which logarithm is subtracted?",
-        "d is the reference's log-prob minus the policy's. For d = 0 the estimate is 0, and "
-        "nowhere is it less.",
+        "d is the reference's log-prob minus the policy's. For d = 0 the estimate is 0, and it "
+        "is never negative.",
     ),
     "zero_spread": (
         "In which cases do all candidates of a group get the same reward, if it is 0 or 1?",
-        "They are all right, or they are all wrong. These two exclude each other.",
+        "They are all right, or they are all wrong. It cannot be both.",
         "Independent chances multiply: one power with p as its base, another with 1 - p, and "
         "their sum.",
     ),
     "token_mean": (
-        "Try it on a row of two valid tokens and eight of padding. By what is the sum divided?",
+        "Try it on a row of two valid tokens and eight of padding. What is the sum divided by?",
         "Divide by the number of valid tokens. Then put nan into the padding: what is nan · 0?",
         "`torch.where` replaces the padding before the sum. And a batch without any valid token "
         "would divide by 0: let the count be at least 1.",
@@ -167,7 +166,7 @@ HINTS = {
         "Let the policy take a step and look at the reference: does it move? Which Python "
         "object is it?",
         "An assignment makes a second name, not a second model. The module `copy` makes one.",
-        "After the deep copy the reference must not ask for gradients: `requires_grad_` of a "
+        "After the deep copy the reference must not require gradients: `requires_grad_` of a "
         "module returns the module. The policy itself must stay trainable.",
     ),
     "best_of_n": (
@@ -178,11 +177,11 @@ HINTS = {
     ),
     # 08 sick runs
     "first_pass_gap": (
-        "Only valid tokens count, and a gap can be upwards or downwards.",
-        "Choose the valid tokens of both tensors first, by the mask; whatever stands in the "
-        "padding must not even be subtracted.",
-        "Take the absolute difference of what you have chosen, and its maximum. A maximum of "
-        "nothing is an error, so a mask without a valid token needs its own answer.",
+        "Only valid tokens count, and a gap can go up or down.",
+        "Choose the valid tokens of both tensors first, by the mask; whatever the padding "
+        "holds must not even be subtracted.",
+        "Take the absolute difference of what you have chosen, and its maximum. The maximum "
+        "of nothing is an error, so a mask without a valid token needs its own answer.",
     ),
     "alarm": (
         "Keep a counter of how many values in a row were above the limit.",
@@ -191,12 +190,12 @@ HINTS = {
         "the answer. If the loop ends without it, there was no alarm.",
     ),
     "diagnosis": (
-        "Begin with the log in which something does not move at all, and with the one that is "
+        "Begin with the log in which most panels do not move at all, and with the one that is "
         "wrong before the first update.",
-        "Two logs lose their spread: in one of them it was never there. Two have a large KL: ask "
-        "the judge when it falls, and how far.",
+        "Two logs have no spread in the end; one of them never had any. Two have a large KL: see "
+        "when their judge falls, and how far.",
         "What is left has a healthy reward and a healthy judge, and a single panel that reaches "
-        "values which the clip should not allow.",
+        "values far beyond the clip range.",
     ),
     # 09 kernels
     "logits_bytes": (
@@ -206,7 +205,7 @@ HINTS = {
         "So 12 bytes for each logit, and N · T · V logits.",
     ),
     "online_logsumexp": (
-        "Two numbers a row are enough: the largest logit so far, and a sum that is relative to "
+        "Two numbers per row are enough: the largest logit so far, and a sum that is relative to "
         "it.",
         "When a new piece brings a larger maximum, the old sum is relative to the wrong one. By "
         "which factor is it off?",
@@ -215,25 +214,25 @@ HINTS = {
         "Start with minus infinity and 0.",
     ),
     "logprob_gradient": (
-        "log p of the chosen id is its logit minus the logsumexp of all. Differentiate both by "
-        "a logit.",
+        "log p of the chosen id is its logit minus the logsumexp of all. Differentiate both with "
+        "respect to a logit.",
         "The derivative of a logsumexp is the softmax. The derivative of the chosen logit is 1 "
-        "at the chosen id, and else 0.",
+        "at the chosen id, and 0 elsewhere.",
         "`one_hot` with V classes gives the second part. Subtract the probabilities from it, "
         "row by row.",
     ),
     "attainable": (
         "Two things limit the speed: how fast it computes, and how fast bytes arrive.",
-        "So many bytes a second, each allowing so many operations, is a speed as well.",
-        "Intensity times bandwidth is the slanted roof, the peak the flat one. Which of two "
-        "limits counts?",
+        "Bytes per second, times operations per byte, is a speed as well.",
+        "Intensity times bandwidth is the slanted roof, the peak the flat one. Which of the two "
+        "limits applies?",
     ),
     # 10 reading results
     "equal_diversity": (
         "Sort the points by diversity and look for the two neighbours around the wanted one.",
-        "Between two neighbours go along the straight line: how far from the first to the "
-        "second is the wanted diversity, as a share?",
-        "`itertools.pairwise` of the sorted points gives the neighbours. If no pair holds the "
+        "Between two neighbours, interpolate along the straight line: what share of the way from "
+        "the first to the second is the wanted diversity?",
+        "`itertools.pairwise` of the sorted points gives the neighbours. If no pair encloses the "
         "wanted diversity, the front does not reach it: None.",
     ),
     "wilson": (
@@ -244,9 +243,9 @@ HINTS = {
         "numbers, the lower one first. Mind that z²/4n² is z² divided by (4 n²).",
     ),
     "paired_interval": (
-        "Two scores of one seed share their luck. What takes it out?",
-        "Everything is computed from the differences, one for each seed: their mean, and their standard "
-        "deviation.",
+        "Two scores of one seed share their luck. What cancels it?",
+        "Compute everything from the differences, one for each seed: their mean, and their "
+        "standard deviation.",
         "The half width is t times the sample standard deviation (`ddof=1`) over the root of "
         "the number of seeds.",
     ),

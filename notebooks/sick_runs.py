@@ -3,11 +3,11 @@
 Every run is the `grpo_step` of train.py on the small base of course.py (one object a picture), with
 the same base, prompts and settings. A sick run differs from the healthy one in one thing: a
 setting, the reward, or a statement of the root code. The old text of that statement is replaced by
-the new one while the run lasts, so that the files of the repository stay as they are. Every number
-of a log was measured.
+the new one during the run, so the files of the repository stay as they are. Every number of a log
+was measured.
 
-The logs lie in sick_runs.json under letters. Do the lab of the notebook before you read on: the
-causes stand below.
+The logs are in sick_runs.json under letters. Do the lab of the notebook before you read on: the
+causes are named below.
 
     $ python notebooks/sick_runs.py      # 5 minutes on one core; writes notebooks/sick_runs.json
 """
@@ -58,7 +58,7 @@ class PixelCount:
         return rewards, {"count": rewards}
 
 
-# An entropy bonus is subtracted from a loss. Here it is added: certainty is paid.
+# An entropy bonus is subtracted from a loss. Here it is added: certainty is rewarded.
 ENTROPY_PAID = """loss, metrics = grpo_loss(new, *before, **objective)
     logp = (r.states @ head.T / c.temperature).log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)[r.mask].mean()
@@ -74,7 +74,7 @@ CHANGES = {  # run: [(function, its text, the text that takes its place)]
         "        tokens, rewards, parts = most_informative",
     )],
     "entropy": [(train.policy_loss, "return grpo_loss(new, *before, **objective)", ENTROPY_PAID)],
-    # The sampler works at another temperature, and hands over its own log-probs.
+    # The sampler uses another temperature, and hands over its own log-probs.
     "temperature": [
         (train.candidates, "generator, c.temperature", f"generator, {OTHER_TEMPERATURE}"),
         (train.grpo_step, "look_back(*seen, c.temperature)  # (N, T)",
@@ -114,7 +114,7 @@ class SmallRun(train.Run):
 
 
 def small_clip(base, steps=400):
-    """A CLIP as in the notebook on aligning, trained for longer: noisy pairs and their edits."""
+    """A CLIP as in the notebook “Aligning a model”, trained longer: noisy pairs and their edits."""
     torch.manual_seed(0)
     clip, noise = CLIP(base.vocab.n_text, width=48), NOISE | {"wrong": 0.3}
     optimizers = train.make_optimizers(clip, 3e-3)
@@ -139,7 +139,7 @@ def judged(run, policy):
 
 
 def log_of(base, reward, changes=(), **settings):
-    """The log of one run, a row a step."""
+    """The log of one run, one row per step."""
     run, rows, passes, largest = SmallRun(base, **settings), [], [], []
     policy, reference = copy.deepcopy(base.model), copy.deepcopy(base.model).requires_grad_(False)
     update = train.Updater("align", policy, run.config.grpo_lr)
@@ -199,7 +199,7 @@ def letters(seed=7):
 
 
 def as_columns(rows):
-    """{column: numbers of all steps}, None where a step has none."""
+    """{column: its numbers at all steps}, None where a step has none."""
     every = dict.fromkeys(name for row in rows for name in row)
     return {name: [short(row.get(name)) for row in rows] for name in every}
 
