@@ -222,10 +222,10 @@ for t in (1.0, 0.5, 0.1):
 # %% [markdown]
 # A low temperature picks the likeliest *token* each time, which does not give the likeliest
 # *picture*. The first patch of a row lies on the left. There the background is one code with
-# probability 0.4 or more, while the objects split theirs over colours and sizes. So at T = 0.1
-# nearly every object lands on the right, whatever the prompt says, and half of the prompts happen
-# to ask for that. No temperature corrects a systematic error. (The extreme case is well known:
-# greedy decoding can give an empty picture.)
+# probability 0.4 or more, while the probability of an object is split over colours and sizes. So at
+# T = 0.1 nearly every object lands on the right, whatever the prompt says, and half of the prompts
+# happen to ask for that. No temperature corrects a systematic error. (The extreme case is well
+# known: greedy decoding can give an empty picture.)
 #
 # ## Planted bug: too good to be true
 #

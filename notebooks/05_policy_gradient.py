@@ -60,8 +60,8 @@ print(f"expected reward J = {J:.2f}")
 #    = \frac{\partial}{\partial \theta_k} \Big( \theta_a - \log \sum_b e^{\theta_b} \Big)
 #    = [a = k] - \pi_\theta(k) $$
 #
-# > **Predict.** All rewards are negative. We go up the gradient of $J$: which of the three logits
-# > grow, and which shrink?
+# > **Predict.** All rewards are negative. We follow the gradient of $J$ uphill: which of the three
+# > logits grow, and which shrink?
 
 # %%
 logits = theta.clone().requires_grad_()
@@ -79,7 +79,7 @@ for name, slope, p, r in zip(ARMS, exact.tolist(), policy.tolist(), reward.tolis
 # With three arms we can sum over all of them. A picture of 16 tokens, each one of 100 codes, has
 # $100^{16}$ arms: nobody can sum those. But we can *sample*, and the mean of a few samples
 # estimates any sum of the form $\sum_a \pi(a) \cdot$ something. The gradient of $J$ does not have
-# this form, so we bring it there:
+# this form, so we rewrite it:
 #
 # $$ \begin{aligned}
 # \nabla J &= \nabla \sum_a \pi(a)\, r(a)
@@ -230,7 +230,7 @@ course.check(unbiased_advantages)
 # fixed, and the result is $A\, \nabla \log \pi(a)$.
 #
 # > **Predict.** Somebody adds 20 to every reward, so that they look nicer. That adds 20 to $J$ and
-# > changes no gradient. 200 runs go up the gradient, with groups of 8 samples per step: with the
+# > changes no gradient. 200 runs follow the gradient, with groups of 8 samples per step: with the
 # > old rewards, with the nicer ones, and with your advantages of the nicer ones. What will you see?
 
 # %%

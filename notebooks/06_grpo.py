@@ -214,7 +214,7 @@ tokens = sample(base.model, captions, course.rows(base, "caption", shown), 16, n
 texts = outputs(captions, tokens, base.vocab, base.codebook)
 hit = torch.tensor([text == shown[i // 16].answer for i, text in enumerate(texts)]).float()
 sizes, p, chance = (2, 4, 8, 16), float(hit.mean()), course.use(zero_spread)
-equal = [(hit.view(-1, n).std(1) == 0).numpy() for n in sizes]  # one bool a group
+equal = [(hit.view(-1, n).std(1) == 0).numpy() for n in sizes]  # one bool per group
 idle, alike = [float(x.mean()) for x in equal], [chance(p, n) for n in sizes]
 figure, ax = plt.subplots(figsize=(5.2, 2.6))
 for x, y, yerr, color, label in (

@@ -312,7 +312,7 @@ reading("kl", ("kl", "judge", "reward", "entropy"))
 
 # %% [markdown]
 # **KL weight 0: drift.** The same reward, the same code, but nothing pulls back. The KL grows to
-# 0.38 nats a token, six times that of the healthy run, and wanders. The reward ends a little
+# 0.38 nats per token, six times that of the healthy run, and wanders. The reward ends a little
 # *higher* than in the healthy run. The judge rises as long as the policy is near the base, and then
 # falls behind, from 0.69 to between 0.52 and 0.63: the reward was never trained on drawings so far
 # from the base, and the policy exploits its mistakes. A penalty would have kept the policy where

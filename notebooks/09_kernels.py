@@ -42,7 +42,7 @@ def logits_bytes(n, t, v):
 course.check(logits_bytes)
 
 # %% [markdown]
-# > **Predict.** How many GB are that for this repository's GPU preset (512 pictures of 64 codes,
+# > **Predict.** How many GB is that for this repository's GPU preset (512 pictures of 64 codes,
 # > 1,500 ids)? For a model of 8 billion parameters on 16 texts of 1,024 tokens, with 128,256 ids?
 # > Is the latter more than the model's weights, or more than the state of its optimizer?
 

@@ -200,7 +200,7 @@ def show_rows(strips, title, wide=8.4):
 
 
 class OneObject(World):
-    """The world with one object a picture: a model of 65,000 parameters learns it in seconds."""
+    """The world with one object per picture: a model of 65,000 parameters learns it in seconds."""
 
     tasks = ("draw", "caption")
 

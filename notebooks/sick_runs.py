@@ -1,7 +1,7 @@
 """Seven short GRPO runs for the lab of sick runs: a healthy one, and six with one cause each.
 
-Every run is the `grpo_step` of train.py on the small base of course.py (one object a picture), with
-the same base, prompts and settings. A sick run differs from the healthy one in one thing: a
+Every run is the `grpo_step` of train.py on the small base of course.py (one object per picture),
+with the same base, prompts and settings. A sick run differs from the healthy one in one thing: a
 setting, the reward, or a statement of the root code. The old text of that statement is replaced by
 the new one during the run, so the files of the repository stay as they are. Every number of a log
 was measured.
