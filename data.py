@@ -55,6 +55,7 @@ ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
 CELLS = [(row, column) for row in (0, 1) for column in (0, 1)]
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 BACKGROUND = (16, 16, 20)
+EMPTY = np.full((SIDE, SIDE, 3), BACKGROUND, np.uint8)
 KINDS = [(color, shape) for color in COLORS for shape in SHAPES]
 NOISE = {  # chances in pre-training; nothing is more often wrong than right
     "wrong": 0.15,  # a word of a caption is wrong
@@ -109,8 +110,7 @@ def sprite(color, shape, size):
 
 def render(scene):
     """The picture of a scene, a list of Objects: (S, S, 3) uint8 RGB."""
-    picture = np.empty((SIDE, SIDE, 3), np.uint8)
-    picture[:] = BACKGROUND
+    picture = EMPTY.copy()
     for o in scene:
         width = SIZES[o.size]
         top = o.row * CELL + (CELL - width + 1) // 2 + o.dy
@@ -233,6 +233,7 @@ _MENTION = re.compile(
 _BETWEEN = re.compile(r" (and|left of|right of|above|below) (?=a )")
 
 
+@functools.lru_cache(16384)
 def parse_caption(text):
     """The Caption that a text states, or None if it is no caption of this grammar.
 
@@ -341,6 +342,18 @@ def by_kind(pairs):
     for kind, value in pairs:
         groups.setdefault(kind, []).append(value)
     return groups
+
+
+@functools.lru_cache(16384)
+def legal_edits(text, held_out, longest):
+    """The edits of a caption as texts, a list a kind of edit; [] for a text that is no caption. See
+    World.negatives for what is legal."""
+    caption, legal = parse_caption(text), []
+    for kind, e in edits(caption) if caption else ():
+        long = kind == "add" and len(e.mentions) > longest
+        if not long and (not held_out or in_pool("three", e.kinds)):
+            legal.append((kind, e.text()))
+    return list(by_kind(legal).values())
 
 
 def noisy_caption(rng, caption, pool="paired", noise=NOISE):
@@ -620,19 +633,10 @@ class World:
         other texts. None names a held-out pair unless held_out is False, none more than `longest`
         objects. (Where no true caption names three, false ones must not: a reward would learn
         that three is wrong.)"""
-        caption = parse_caption(text)
-        legal = []
-        for kind, e in edits(caption) if caption else ():
-            long = kind == "add" and len(e.mentions) > longest
-            if not long and (not held_out or in_pool("three", e.kinds)):
-                legal.append((kind, e))
-        kinds = [rng.sample(some, len(some)) for some in by_kind(legal).values()]
+        kinds = [rng.sample(texts, len(texts)) for texts in legal_edits(text, held_out, longest)]
         rng.shuffle(kinds)  # one edit of each kind before the second of any
-        found = {}
-        for e in itertools.chain(*itertools.zip_longest(*kinds)):
-            if e and len(found) < n:
-                found[e.text()] = None
-        return list(found)
+        in_turns = itertools.chain(*itertools.zip_longest(*kinds))
+        return list(dict.fromkeys(edited for edited in in_turns if edited))[:n]
 
     def hard_negatives(self, rng, n, split="train", family=8):
         """n clean captions with pictures, in families of scenes one edit apart: candidates for
@@ -1080,12 +1084,13 @@ class Vocabulary:
     def encode(self, text, width=None):
         """Ids of a text, filled up with <pad> to a width. ValueError for unknown words or too
         many."""
-        unknown = [word for word in text.split() if word not in self.ids]
+        words = text.split()
+        unknown = [word for word in words if word not in self.ids]
         if unknown:
             known = " ".join(self.words[len(SPECIAL) :])
             names = ", ".join(repr(word[:40]) for word in unknown[:5])
             raise ValueError(f"unknown word(s) {names}; this model knows: {known}")
-        ids = [self.ids[word] for word in text.split()]
+        ids = [self.ids[word] for word in words]
         if width is not None and len(ids) > width:
             raise ValueError(f"{len(ids)} tokens where {width} fit: {text[:200]!r}")
         return ids if width is None else ids + [PAD] * (width - len(ids))

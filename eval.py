@@ -115,7 +115,8 @@ def statements(scene, caption):
 def holds(scene, caption):
     """Is every statement true, with no object more or less? Apart from Caption.holds of the
     generator, so that the judge does not share its mistakes."""
-    return all(ok for _, ok in statements(scene, caption))  # (E1)
+    many = len(scene) == len(caption.mentions)  # asked first: it is cheap
+    return many and all(ok for _, ok in statements(scene, caption))  # (E1)
 
 
 def consistent(drawn, scenes):
@@ -440,16 +441,16 @@ def stories(e, pool):
 
 
 @torch.no_grad()
-def caption_logprobs(e, examples, texts):
-    """log p(text | picture) of M texts for each of N pictures, (N, M), under the caption task."""
-    device, parts = e.model.head.device, []
-    layout = e.vocab.layout("caption", device)
-    size = max(BATCH[device.type == "cuda"] // len(texts), 1)
-    for start in range(0, len(examples), size):
-        pictures = examples[start : start + size]
-        some = [x._replace(answer=text) for x in pictures for text in texts]
-        rows = e.vocab.rows("caption", some, e.codes(some))
-        states, targets, mask = completion(e.model, layout, rows, len(texts))
+def caption_logprobs(e, texts, codes):
+    """log p(text | picture) under the caption task: M texts for each of N pictures, codes (N, P) ->
+    (N, M)."""
+    layout, parts = e.vocab.layout("caption", codes.device), []
+    rows = e.vocab.rows("caption", [Example("caption", (), "", text) for text in texts], codes[:0])
+    picture = (layout.patch >= 0).nonzero()[:, 0]
+    for some in codes.split(max(BATCH[codes.is_cuda] // len(texts), 1)):
+        tokens = rows.repeat(len(some), 1)
+        tokens[:, picture] = (some + e.vocab.n_text).repeat_interleave(len(texts), 0)
+        states, targets, mask = completion(e.model, layout, tokens, len(texts))
         logprobs = selected_logprobs(states, allowed_head(e.model, layout), targets)
         parts.append(torch.where(mask, logprobs, 0.0).sum(1).view(-1, len(texts)).cpu())
     return torch.cat(parts).numpy()
@@ -465,7 +466,7 @@ def retrievals(e, size=64):
         also = np.stack([e.judge.caption([x] * size, texts) for x in examples])
         np.fill_diagonal(also, False)
         drawn = drawing_logprobs(e.model, e.vocab, texts, codes.expand(size, -1, -1)).T
-        scores = {"caption": surprise(caption_logprobs(e, examples, texts), 0)}
+        scores = {"caption": surprise(caption_logprobs(e, texts, codes), 0)}
         scores["draw"] = surprise(drawn.cpu().numpy(), 1)
         scores["both"] = scores["caption"] + scores["draw"]  # (E6)
         for direction, some in scores.items():

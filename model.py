@@ -239,10 +239,11 @@ class Block(nn.Module):
             k, v = (columns[:, :, :end] for columns in cache)
         if start and length > 1:
             mask = torch.ones(length, start + length, dtype=torch.bool, device=x.device).tril(start)
+        if length == 1 or mask is not None:
+            causal = False  # one query looks at all keys, or at those of the mask
         if length == 1 and x.device.type == "cpu":  # twice as fast for one query
             y = (self.scale * q @ k.mT).softmax(-1) @ v
         else:
-            causal = causal and mask is None and length > 1
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale)
         x = x + self.out(y.transpose(1, 2).reshape(n, length, width))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -255,6 +256,7 @@ class ModelConfig:
     width: int = 96
     layers: int = 4
     heads: int = 4
+    longest: int = 512  # columns of a row
 
 
 class Transformer(nn.Module):
@@ -271,6 +273,8 @@ class Transformer(nn.Module):
         self.column = nn.Embedding(config.side, config.width)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
         self.norm = RMSNorm(config.width)
+        turns = rotation(torch.arange(config.longest), config.width // config.heads)
+        self.register_buffer("turns", torch.stack(turns), persistent=False)
         self.layer = Block.__call__  # or a compiled one, for rows that are read whole
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
@@ -297,8 +301,7 @@ class Transformer(nn.Module):
         places = (self.row.weight[:, None] + self.column.weight).flatten(0, 1)  # (P, C)
         places = F.pad(places, (0, 0, 0, 1))  # patch -1 is the last row, of zeros
         x = self.embed(tokens) + F.embedding(patch % len(places), places)
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        turn = rotation(positions, self.config.width // self.config.heads)
+        turn = self.turns[:, start : start + tokens.shape[1]]
         for i, block in enumerate(self.blocks):
             if cache is None:
                 x = self.layer(block, x, turn, True, mask)

@@ -569,11 +569,13 @@ def pretraining_examples(run, rng, n, method="pretrain", also=None):
     """n examples by TASK_MIX: {task: [(example, is its prompt dropped?)]}. also: `prompts_shown`,
     which replace a random share SHOWN of the rows of their task that are no pair. sft, a control,
     has clean answers to questions like GRPO's in all rows that ask."""
-    by_task, also = {}, also or {}
+    by_task, also, mixes = {}, also or {}, {}
+    for source in run.sources:
+        mix = getattr(source, "mix", TASK_MIX)
+        mixes[source.name] = [task for task in run.tasks(source) for _ in range(mix[task])]
     for _ in range(n):
         source = rng.choice(run.sources)
-        mix = getattr(source, "mix", TASK_MIX)
-        task = rng.choice([t for t in run.tasks(source) for _ in range(mix[t])])
+        task = rng.choice(mixes[source.name])
         alone = task in ("draw", "caption") and rng.random() < ALONE
         pool = "three" if alone and (task == "caption" or rng.random() < 0.5) else "paired"
         noise = NOISE

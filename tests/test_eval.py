@@ -241,7 +241,7 @@ def logprobs(e, task, example):
 def test_likelihoods_of_texts_are_those_of_a_loop_over_tokens(of, monkeypatch):
     e, examples = of(n=7), WORLD.hard_negatives(random.Random(0), 5)
     monkeypatch.setattr(evaluation, "BATCH", (12, 12))  # two pictures with five texts at a time
-    found = evaluation.caption_logprobs(e, examples, [x.answer for x in examples])
+    found = evaluation.caption_logprobs(e, [x.answer for x in examples], e.codes(examples))
     for i, j in itertools.product(range(5), repeat=2):
         one = logprobs(e, "caption", examples[i]._replace(answer=examples[j].answer))
         assert found[i, j] == pytest.approx(sum(one), abs=1e-6)

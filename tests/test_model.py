@@ -161,6 +161,16 @@ def test_a_block_is_softmax_attention_in_each_head_then_an_mlp(reach, causal):
     close(block(x, causal=causal), y + block.down(F.gelu(block.up(block.norm2(y)))))
 
 
+def test_a_layer_compiles_whole_for_all_shapes_of_rows():
+    """fullgraph: a graph break, such as a length where attention wants a bool, is an error."""
+    torch.manual_seed(0)
+    block, turn = Block(8, 2), rotation(torch.arange(9), 4)
+    whole = torch.compile(Block.forward, dynamic=True, fullgraph=True, backend="eager")
+    for n, length in ((2, 5), (3, 9)):
+        x, here = torch.randn(n, length, 8), [part[:length] for part in turn]
+        close(whole(block, x, here), block(x, here))
+
+
 def test_the_future_does_not_leak_into_the_past(model, vocab, case):
     layout, tokens = case
     before = model(tokens, layout.patch)
