@@ -186,7 +186,7 @@ figure, ax = plt.subplots(figsize=(4.6, 2.8))
 for (name, y), color in zip(seconds.items(), (RED, BLUE)):
     ax.loglog((4, 16, 64, 256), y, "o-", label=name, color=color)
 times = seconds["without a cache"][-1] / seconds["with a cache"][-1]
-ax.set(xlabel="tokens a picture", ylabel="processor seconds, 4 pictures", xticks=(4, 16, 64, 256),
+ax.set(xlabel="tokens per picture", ylabel="processor seconds, 4 pictures", xticks=(4, 16, 64, 256),
        xticklabels=(4, 16, 64, 256), title=f"256 tokens: {times:.0f} times faster with a cache")
 ax.minorticks_off()
 ax.legend()

@@ -127,8 +127,8 @@ ax.semilogy(curve, color=BLUE, label="training, batches of 48 (seed 0)")
 ax.errorbar(len(curve) + 5, mean, 2 * error, fmt="o", color=RED,
             label="new captions, ± 2 standard errors")
 ax.axhline(FLOOR, color=GREY, linestyle="--", label=f"entropy of the noise: {FLOOR:.2f}")
-ax.set(xlabel="step of training", ylabel="loss, nats a picture", ylim=(1, None),
-       title=f"New captions end {mean - FLOOR:+.2f} nats from the entropy of the noise")
+ax.set(xlabel="step of training", ylabel="loss, nats per picture", ylim=(1, None),
+       title=f"New captions end {mean - FLOOR:+.2f} nats above the entropy of the noise")
 ax.set_yticks((1, 2, 5, 10, 20, 50), (1, 2, 5, 10, 20, 50))
 ax.legend(fontsize=8)
 plt.show()
@@ -191,8 +191,9 @@ for (what, ok), color, style in zip(hits.items(), (BLUE, GREY, RED), ("o-", "o:"
     y = [float(x.mean()) for x in ok]
     ax.errorbar(TEMPERATURES, y, course.reach(ok), fmt=style, color=color, markersize=4)
     ax.text(1.03, y[-1], NAMES[what], color=color, va="center")
-ax.axhline(1 - SWAPPED, color=RED, linewidth=0.8, linestyle="--")
-ax.text(0.1, 1 - SWAPPED - 0.1, "dashed: captions whose side is true", color=RED, fontsize=8)
+ax.plot((0.1, 1), [1 - SWAPPED] * 2, color=RED, linewidth=0.8, linestyle="--",
+        label="captions whose side is true")
+ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(0, 0.55))
 change = {what: f"{ok[-1].mean():.0%} → {ok[0].mean():.0%}" for what, ok in hits.items()}
 ax.set(xlabel="sampling temperature T", ylabel="share of drawings right", ylim=(0, 1.04),
        title=f"T = 1 → 0.1: colour {change['color']}, side {change['column']}")
@@ -245,11 +246,11 @@ course.check(next_token_logprobs)
 hers, curve_hers = pretrain(next_token_logprobs, 60)
 pictures = Evaluator(hers, vocab, codebook, None, None).outputs(asked[:6], 1.0)[:, 0]
 figure, ax = plt.subplots(figsize=(5.2, 2.4))
-ax.semilogy(curve[:60], color=BLUE, label="with `shifted`, as above")
+ax.semilogy(curve[:60], color=BLUE, label="with the planted bug")
 ax.semilogy(curve_hers, color=RED, label="with the colleague's function")
 ax.axhline(FLOOR, color=GREY, linestyle="--", label=f"entropy of the noise: {FLOOR:.2f}")
 where = "below" if curve_hers[-1] < FLOOR else "no longer below"
-ax.set(xlabel="step of training", ylabel="loss, nats a picture",
+ax.set(xlabel="step of training", ylabel="loss, nats per picture",
        title=f"After {len(curve_hers)} steps {curve_hers[-1]:.2f} nats: {where} the floor")
 ax.legend(fontsize=8, loc="lower left")
 plt.show()

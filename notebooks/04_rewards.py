@@ -217,7 +217,7 @@ reach = course.reach([np.arange(n := len(spoiled[k])) < round(seen[k] * n) for k
 ax.barh([f"{k} ({len(spoiled[k])})" for k in order], [seen[k] for k in order], xerr=reach,
         color=[RED if seen[k] < 0.8 else BLUE for k in order], error_kw={"linewidth": 0.8})
 ax.axvline(0.5, color=GREY, linestyle="--")
-ax.text(0.5, len(order) - 0.3, " a coin", color=GREY, fontsize=8, va="center")
+ax.text(0.5, len(order) - 0.3, " chance", color=GREY, fontsize=8, va="center")
 ax.set(xlim=(0, 1), ylim=(-0.6, len(order)), title=f"The reward's weakest spot: “{order[0]}”",
        ylabel="edit (pairs)",
        xlabel="share of spoiled pictures that the reward ranks below the true one (bars: 95%)")
@@ -290,9 +290,9 @@ for share, color in ((0.0, BLUE), (0.2, RED)):
     half = T_QUANTILES[seeds - 2] * some.std(0) / seeds**0.5
     ax.errorbar(strengths, some.mean(0), half, fmt="o-", color=color, markersize=4,
                 label=f"{share:.0%} of the results wrong: slope {slope:.2f}")
-ax.plot(strengths, true, ":", color=GREY, label="true, moved to mean 0: slope 1")
+ax.plot(strengths, true, ":", color="black", zorder=3, label="true, moved to mean 0: slope 1")
 ax.set(xlabel="true strength, nats", ylabel="learned R, nats",
-       title=f"5,000 games, {seeds} seeds: mean, 95% interval")
+       title=f"5,000 games, {seeds} seeds; 95% intervals are smaller than the dots")
 ax.legend(fontsize=8)
 plt.show()
 

@@ -383,7 +383,7 @@ figure, ax = plt.subplots(figsize=(4.6, 2.3))
 ax.plot(shares, weighted, color=RED, label="a sample of the old policy, weighted")
 ax.plot(shares, fresh, color=BLUE, label="a fresh sample")
 ax.set(xlabel="probability of the right arm, new policy (old: 0.02)",
-       ylabel="std of an estimate, reward",
+       ylabel="std of an estimate, in units of the reward",
        title=f"An old sample is worse beyond {shares[np.argmax(weighted > fresh + 1e-3)]:.2f}")
 ax.legend(fontsize=8, loc="upper left")
 plt.show()

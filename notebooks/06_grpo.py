@@ -114,7 +114,7 @@ course.check(k3)
 
 # %% [markdown]
 # > **Predict.** The obvious estimate of the KL is log p − log p_ref of the sampled token (k1).
-# > Which of the two scatters less: always the same one?
+# > Which of the two varies less: always the same one?
 
 # %%
 g = torch.Generator().manual_seed(0)
@@ -138,7 +138,7 @@ ax.loglog(exact, k1_std, color=GREY, label="k1 = log p − log p_ref")
 ax.loglog(exact, k3_std, color=BLUE, label="k3 = exp(d) − d − 1")
 better = exact[k3_std < k1_std].max()
 ax.set(xlabel="exact KL, nats", ylabel="std of one token, nats",
-       title=f"k3 scatters less near the reference (here: below {better:.1f} nats)")
+       title=f"k3 varies less near the reference (here: below {better:.1f} nats)")
 ax.legend()
 plt.show()
 
@@ -297,7 +297,7 @@ for ax, label in zip(axes[:, 0], ("drawing", "credit of\neach patch")):
     ax.text(-0.1, 0.5, label, ha="right", va="center", transform=ax.transAxes)
 figure.colorbar(image, cax=axes[1, 3], label="change of the chance\nto end right")
 axes[1, 3].axis("on")
-figure.suptitle(f"“{example.prompt}”: chance to end right, before → after all tokens", fontsize=10)
+figure.suptitle(f"“{example.prompt}”: chance of being right, before → after all tokens", fontsize=10)
 plt.show()
 for i, v in zip(picked, values):
     steps = np.sort(np.abs(np.diff(v)))

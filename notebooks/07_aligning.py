@@ -149,7 +149,7 @@ def curves(runs, colors):
                 shares = [np.arange(64) < round(64 * share) for share in y]
                 ax.errorbar(x, y, course.reach(shares), fmt="o", color=color, markersize=4)
     panels = {"reward (seed 0)": "share of pixels counted", "true score": "share right (judge)",
-              "KL to the base (k3)": "nats a token"}
+              "KL to the base (k3)": "nats per token"}
     for ax, (title, unit) in zip(axes, panels.items()):
         ax.set(title=title, xlabel="step of training", ylabel=unit)
     axes[0].set_ylim(0, 1)
@@ -347,7 +347,7 @@ ax.errorbar(sizes, chosen, np.concatenate(reaches, 1), fmt="o-", color=GOLD,
             label="chosen by the CLIP reward (95%, 96 prompts)")
 ax.axhspan(seeds.min(), seeds.max(), color=GREEN, alpha=0.25, linewidth=0)
 ax.axhline(seeds.mean(), color=GREEN, label="GRPO + pre-training, one sample (3 seeds)")
-ax.set(xlabel="samples a prompt", ylabel="true score: share right", ylim=(0, 1.02),
+ax.set(xlabel="samples per prompt", ylabel="true score: share right", ylim=(0, 1.02),
        title=f"Best of 8: {chosen[-1]:.2f}, untrained; GRPO, one sample: {seeds.mean():.2f}")
 ax.set_xscale("log", base=2)
 ax.set_xticks(sizes, sizes)

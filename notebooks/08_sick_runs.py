@@ -47,8 +47,8 @@ print(f"logs {', '.join(n for n in LOGS if n != 'about')}; {len(healthy)} column
 PANELS = {  # name: (columns of the log, unit, scale)
     "reward": (("reward",), "nats", "linear"),
     "judge": (("judge",), "share right", "linear"),
-    "kl": (("kl",), "nats a token", "symlog"),
-    "entropy": (("entropy",), "nats a token", "linear"),
+    "kl": (("kl",), "nats per token", "symlog"),
+    "entropy": (("entropy",), "nats per token", "linear"),
     "zero spread": (("zero_spread",), "share of groups", "linear"),
     "outside": (("outside_first", "outside_last"), "share of tokens", "linear"),
     "largest ratio": (("largest_ratio",), "ratio", "log"),
@@ -84,12 +84,14 @@ def finish(ax, name, logs):
             value = values.pop()
             place = "top" if name == "zero spread" and value == 1 else "bottom"
             words = f"{value:.3g} at all steps"
-            ax.text(20, value, words, fontsize=7, ha="center", va=place)
+            away = 0, -3 if place == "top" else 3  # from its line, in points
+            ax.annotate(words, (20, value), away, textcoords="offset points", fontsize=7,
+                        ha="center", va=place)
 
 
 def show_light(figure):
     """The figure with 16 colours, a quarter of the bytes."""
-    figure.savefig(file := io.BytesIO(), dpi=82)
+    figure.savefig(file := io.BytesIO(), dpi=100)
     plt.close(figure)
     display(Image.open(file).convert("RGB").quantize(16))
 
@@ -338,7 +340,7 @@ reading("hacked", ("reward", "judge", "kl", "entropy"))
 # | ratios differ from 1 in the first pass | sampler and loss disagree: temperature, precision |
 # | no spread from the first step | the reward does not see the candidate |
 # | groups lose their spread while entropy falls | collapse: check signs, learning rate, KL weight |
-# | single ratios of 100, large gradients in late passes | the clip, or too many passes |
+# | single ratios of 100, large gradients in late passes | the clip, too many passes, a collapse |
 # | KL keeps growing | weight of the penalty, learning rate |
 # | reward up, judge down | the reward |
 # | a KL of exactly 0 | nothing is learned, or the reference is the policy itself |

@@ -220,7 +220,7 @@ points = {name: (flops / moved, flops / best_seconds(function))
           for name, (function, flops, moved) in work.items()}
 
 # %%
-roof, x = course.use(attainable), torch.logspace(-1.3, 3, 100).tolist()
+roof, x = course.use(attainable), torch.logspace(-1.3, 3.4, 100).tolist()
 y = [roof(intensity, peak, bandwidth) / 1e9 for intensity in x]
 figure, ax = plt.subplots(figsize=(5.6, 3.2))
 ax.loglog(x, y, color=GREY)
@@ -228,11 +228,11 @@ ax.fill_between(x, y, 1e4, color="#f1efe9")
 for name, (intensity, reached) in points.items():
     color = BLUE if "token" in name else RED
     ax.loglog(intensity, reached / 1e9, "o", color=color)
-    ax.annotate(name, (intensity, reached / 1e9), xytext=(6, -10), textcoords="offset points",
-                fontsize=8, color=color)
-ax.set(xlabel="intensity, operations a byte", ylabel="billion operations a second",
+    ax.annotate(name, (intensity, reached / 1e9), xytext=(6, -14 if name == "1 token" else -8),
+                textcoords="offset points", fontsize=8, color=color)
+ax.set(xlabel="intensity, operations per byte", ylabel="billion operations a second",
        ylim=(0.1, peak / 1e9 * 3), xlim=(0.05, 2000),
-       title=f"Below {peak / bandwidth:.0f} operations a byte, memory decides")
+       title=f"Below {peak / bandwidth:.0f} operations per byte, memory decides")
 plt.show()
 print(f"per second: {peak / 1e9:.0f} billion operations, or {bandwidth / 1e9:.1f} billion bytes")
 slow = [name for name, (intensity, _) in points.items() if intensity < peak / bandwidth]

@@ -78,9 +78,9 @@ for ax, column, title in zip(axes, ("", "_heldout"), ("One or two objects", "Thr
             ax.plot(*np.array(points, float).T, color=color, linewidth=0.5, alpha=0.5)
         t, x, y = mean_front(method, column).T
         ax.plot(x, y, "o-", color=color, label=method, markersize=4)
-        ax.annotate(f"T={t[-1]:g}", (x[-1], y[-1]), xytext=(4, -10), textcoords="offset points",
+        ax.annotate(f"T={t[-1]:g}", (x[-1], y[-1]), xytext=(4, 4), textcoords="offset points",
                     fontsize=7, color=color)
-    ax.set(xlabel="diversity: distinct of the right ones", title=title, ylim=(-0.03, 1.03))
+    ax.set(xlabel="diversity: share of distinct drawings among right ones", title=title, ylim=(-0.03, 1.03))
 axes[0].set_ylabel("share of drawings right (judge)")
 axes[0].legend(loc="lower left", title=f"thick: mean of {len(seeds)} seeds, thin: each")
 plt.show()
@@ -144,7 +144,7 @@ figure, ax = plt.subplots(figsize=(4.8, 2.6))
 for method, color in METHODS.items():
     ax.plot(levels, each[method].T, color=color, linewidth=0.5, alpha=0.5)
     ax.plot(levels, quality[method], "o-", color=color, label=method, markersize=4)
-ax.set(xlabel="diversity: distinct of the right ones", ylabel="share of drawings right (judge)",
+ax.set(xlabel="diversity: share of distinct drawings among right ones", ylabel="share of drawings right (judge)",
        title=f"One or two objects: of {common.sum()} levels, lvrpo leads {lead['lvrpo']}")
 ax.legend(title=f"thick: mean of {len(seeds)} seeds, thin: each", fontsize=8)
 plt.show()
@@ -302,8 +302,8 @@ for c in claims:
 image = ax.imshow(grid, cmap="RdBu", vmin=-0.4, vmax=0.4, aspect="auto")
 figure.colorbar(image, label="lvrpo minus the method below")
 ax.set(yticks=range(len(rows)), yticklabels=rows, xticks=range(len(columns)), xticklabels=columns,
-       title="● “replicated”   ○ but Student's t holds 0")
-course.show_small(figure)
+       title="● “replicated”   ○ but Student's interval contains 0")
+course.show_small(figure, colors=64)
 
 # %%
 for name, others in (("baselines", columns[:4]), ("controls", columns[4:])):
@@ -348,19 +348,19 @@ COLORS = {"replicated": "#2f9d5f", "direction only": "#9fcfae", "undetermined": 
 claims = study["claims"]
 rows = list(dict.fromkeys(c["metric"] for c in claims))
 columns = list(dict.fromkeys(c["against"] for c in claims))
-figure, ax = plt.subplots(figsize=(8.6, 0.8 + 0.3 * len(rows)))
+figure, ax = plt.subplots(figsize=(9.4, 0.8 + 0.3 * len(rows)))
 for c in claims:
     y, x = rows.index(c["metric"]), columns.index(c["against"])
     ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, color=COLORS[c["verdict"]]))
     half = "" if c["low"] is None else f" ± {c['high'] - c['difference']:.2f}"
-    ax.text(x, y, f"{c['difference']:+.2f}{half}", ha="center", va="center", fontsize=6.5)
+    ax.text(x, y, f"{c['difference']:+.2f}{half}", ha="center", va="center", fontsize=7)
 ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)),
        yticklabels=rows, xticks=range(len(columns)), xticklabels=columns,
-       title="lvrpo minus each method, 95% by Student's t (of frechet, lower is better)")
+       title="lvrpo minus each method, 95% by Student's t (frechet: lower is better)")
 ax.tick_params(labelsize=7)
 ax.legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in COLORS.values()], COLORS, fontsize=7,
           ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.07))  # fmt: skip
-course.show_small(figure)
+course.show_small(figure, colors=64)
 
 # %%
 unified = {c["metric"]: c for c in claims if c["against"] == "unified"}
@@ -374,7 +374,7 @@ for verdict in COLORS:
 # * **What nobody labelled, GRPO learns.** Drawings and captions of three objects, and pairs of
 #   objects that no caption ever joined, cannot be copied from any pair of text and picture. A
 #   reward that knows near misses is enough, and more next tokens are not.
-# * **What has a key, plain training on the key learns better**, and by a wide margin: the same
+# * **What has a key, plain training on the key learns better**: the same
 #   questions, the same answers, the same seconds. A reward of 0 or 1 tells less about an answer
 #   than the answer does. GRPO on questions is for cases where nobody knows the key but somebody
 #   can check an answer.

@@ -7,8 +7,8 @@
 # ---
 
 # %% [markdown] slideshow={"slide_type": "skip"}
-# Four lectures on how GRPO aligns a vision-language model, for use beside the notebooks. Edit
-# `slides.py`, then `python notebooks/teaching/make_slides.py` executes it and writes
+# Four and a half lectures on how GRPO aligns a vision-language model, for use beside the notebooks.
+# Edit `slides.py`, then `python notebooks/teaching/make_slides.py` executes it and writes
 # `slides.ipynb`. For a browser:
 #
 #     jupyter nbconvert --to slides --no-input notebooks/teaching/slides.ipynb
@@ -27,6 +27,8 @@ import course
 import matplotlib.pyplot as plt
 import torch
 from course import BLUE, GREY, HERE, RED
+from IPython.display import Markdown, display
+from matplotlib.ticker import MaxNLocator
 
 plt.rcParams.update(course.STYLE | {"figure.figsize": (7.5, 3), "font.size": 12})
 LOGS = json.loads((HERE / "sick_runs.json").read_text(encoding="utf-8"))
@@ -34,12 +36,13 @@ LOGS = json.loads((HERE / "sick_runs.json").read_text(encoding="utf-8"))
 # %% [markdown] slideshow={"slide_type": "slide"}
 # # How does GRPO align a vision-language model?
 #
-# Four lectures, one small transformer, no framework
+# Four and a half lectures, one small transformer, no framework
 #
 # 1. Tokens and a transformer
 # 2. Pre-training and rewards
-# 3. GRPO
-# 4. Kernels and honesty
+# 3. From a bandit to GRPO (half a lecture)
+# 4. GRPO
+# 5. Kernels and honesty
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # # Lecture 1
@@ -86,7 +89,7 @@ LOGS = json.loads((HERE / "sick_runs.json").read_text(encoding="utf-8"))
 # * Softmax of the scores over a temperature *T*; only legal ids (words, or codes) take part.
 # * *T* → 0 takes the likeliest token.
 # * **Sample and score with the same ids and the same temperature.** Otherwise the ratio of lecture
-#   3 is not 1 even before the policy has moved.
+#   4 is not 1 even before the policy has moved.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # # Lecture 2
@@ -136,6 +139,44 @@ LOGS = json.loads((HERE / "sick_runs.json").read_text(encoding="utf-8"))
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # # Lecture 3
+# ## From a bandit to GRPO
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## Learning from rewards alone
+#
+# $$\nabla\, \mathbb{E}_{a \sim \pi}[r(a)]
+# = \mathbb{E}_{a \sim \pi}\left[r(a)\, \nabla \log \pi(a)\right]$$
+#
+# * Pull an arm, get a reward: nobody says which arm was right, and *r* has no gradient.
+# * The score function ∇ log π turns the gradient of an average into an average: REINFORCE.
+#
+# **Question.** The best arm is pulled, its reward is −1. What does REINFORCE do to this arm?
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# It makes the arm less likely. Only the average over many pulls is right.
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## A baseline costs nothing
+#
+# $$\mathbb{E}_{a \sim \pi}[b\, \nabla \log \pi(a)] = b\, \nabla \sum_a \pi(a) = 0$$
+#
+# * Subtract any *b* that does not depend on the arm: the mean stays, the variance falls.
+# * GRPO's baseline is the mean reward of the group. It includes the sample itself, which shrinks
+#   the estimate by (G − 1)/G: a constant that the learning rate makes up for.
+#
+# Notebook 05 checks both by enumeration, without sampling.
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## Samples grow old
+#
+# $$\mathbb{E}_{a \sim \pi}[r(a)] = \mathbb{E}_{a \sim \pi_{\mathrm{old}}}
+# \left[\frac{\pi(a)}{\pi_{\mathrm{old}}(a)}\, r(a)\right]$$
+#
+# * The **ratio** lets one rollout serve several updates.
+# * The further the policy moves, the wilder the ratios: hence the clip, and the KL to the base.
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# # Lecture 4
 # ## GRPO
 
 # %% [markdown] slideshow={"slide_type": "slide"}
@@ -159,8 +200,8 @@ for ax, a in zip(axes, (1, -1)):
     ax.plot(ratio, objective, color=BLUE)
     ax.plot(ratio[flat], objective[flat], color=RED, linewidth=4, label="gradient 0")
     ax.set(xlabel="ratio: new over old probability", title=f"A = {a:+}")
-    ax.legend()
 axes[0].set_ylabel("objective")
+axes[0].legend()
 plt.show()
 
 # %% [markdown] slideshow={"slide_type": "notes"}
@@ -218,7 +259,7 @@ plt.show()
 # The same prompts, the same noise. Left four before, right four after; green is right.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
-# # Lecture 4
+# # Lecture 5
 # ## Kernels and honesty
 
 # %% [markdown] slideshow={"slide_type": "slide"}
@@ -231,16 +272,25 @@ plt.show()
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## What was found here
-#
-# | three seeds, Student's t | lvrpo − unified | |
-# |---|---|---|
-# | three objects, never seen with a caption (T = 1) | +0.559 ± 0.060 | holds |
-# | known pairs (T = 1) | +0.111 ± 0.063 | holds at T = 1 |
-# | the same at equal variety | −0.040 ± 0.039 | **does not hold** |
-# | questions | −0.051 ± 0.052 | undetermined |
-#
-# `unified`: further next-token training for the same seconds. It had no prompts about three
-# objects and no answer keys: that comparison is not equal yet.
+
+# %% slideshow={"slide_type": "-"}
+WORDS = {"compose_heldout": "three objects, never seen with a caption (T = 1)",
+         "compose_pairs": "pairs that no caption joined (T = 1)",
+         "compose": "known pairs (T = 1)", "compose @ equal differ": "the same at equal variety",
+         "vqa": "questions, with the same answer keys"}  # fmt: skip
+lines = ["| five seeds, Student's t | lvrpo − unified | |", "|---|---|---|"]
+study = json.loads((HERE.parent / "results" / "claims.json").read_text(encoding="utf-8"))
+claims = {c["metric"]: c for c in study["claims"] if c["against"] == "unified"}
+for metric, words in WORDS.items():
+    claim = claims[metric]
+    half = (claim["high"] - claim["low"]) / 2
+    number = f"{claim['difference']:+.3f} ± {half:.3f}".replace("-", "−")
+    lines.append(f"| {words} | {number} | **{claim['verdict']}** |")
+display(Markdown("\n".join(lines)))
+
+# %% [markdown] slideshow={"slide_type": "-"}
+# `unified`: further next-token training for the same seconds, on the same pairs and on the very
+# prompts and answers that GRPO sees.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## How one fools oneself
@@ -252,6 +302,7 @@ ax.plot(metrics, 1 - 0.975**metrics, "o-", color=RED, label="at least one “win
 ax.axhline(0.025, color=GREY, label="one metric")
 ax.set(xlabel="independent metrics one looks at", ylabel="chance", ylim=(0, 0.5),
        title="two methods that are exactly equal, 95% intervals")
+ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 ax.legend()
 plt.show()
 
