@@ -96,7 +96,7 @@ def statements(scene, caption):
     """Every statement of a caption, as (kind, true of the scene?), under the assignment of
     objects to mentions that makes most of them true. Kinds: count, color, shape, size, position,
     relation."""
-    best, missing = [], max(len(caption.mentions) - len(scene), 0)
+    best, most, missing = [], -1, max(len(caption.mentions) - len(scene), 0)
     for objects in itertools.permutations([*scene[:5], *[None] * missing], len(caption.mentions)):
         checks = [("count", len(scene) == len(caption.mentions))]
         for m, o in zip(caption.mentions, objects):
@@ -107,8 +107,9 @@ def statements(scene, caption):
         if caption.relation:
             both = None not in objects[:2]
             checks.append(("relation", both and related(objects[0], caption.relation, objects[1])))
-        if not best or sum(ok for _, ok in checks) > sum(ok for _, ok in best):
-            best = checks
+        number = sum(ok for _, ok in checks)
+        if number > most:
+            best, most = checks, number
     return best
 
 

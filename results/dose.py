@@ -5,9 +5,9 @@ words of their kind. Then lvrpo, and unified twice: with the very same clean ans
 reward knows (as in the study), and without them. From 0.5 on the likeliest answer to a question of
 yes or no is wrong, from 0.75 on that to any. Questions alone: tasks vqa, multihop, text.
 
-Prints a table. Given again, the command goes on where it stopped.
+Writes dose.json and dose.png, prints a table. Given again, the command goes on where it stopped.
 
-    $ python results/dose.py      # two cores: 40 minutes
+    $ python results/dose.py      # two cores: an hour
 """
 
 import multiprocessing
@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from launch import command, positive
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,7 +24,7 @@ import data
 import train
 from eval import Parser, over_seeds, read_result
 
-DOSES = (0.0, 0.15, 0.4, 0.7)
+DOSES = (0.0, 0.3, 0.45, 0.55, 0.7)
 METHODS = {  # name: the method, and the share of GRPO's answers in its rows (train.SHOWN)
     "lvrpo": ("lvrpo", 0.5),
     "unified": ("unified", 0.5),
@@ -56,29 +57,61 @@ def of_one_seed(out, dose, seed, preset):
             raise ValueError(f"{name} with dose {dose} and seed {seed} failed, see above")
 
 
-def table(out, seeds):
-    """Markdown: a line a dose and metric; base, methods, and lvrpo less unified."""
-    head = ["wrong answers", "metric", "base", *METHODS, "lvrpo − unified", "lvrpo − no keys"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+def collected(out, seeds):
+    """{dose: {metric: {base or method: its value with each seed}}} of finished runs."""
+    values = {}
     for dose in DOSES:
         runs = {name: [read_result(Path(out) / f"{name}-{dose}-{seed}") for seed in range(seeds)]
                 for name in METHODS}
+        values[str(dose)] = rows = {}
         for metric in METRICS:
             group = "understanding" if metric.startswith("vqa") else "reasoning"
-            values = {"base": [r["base"][group][metric]["value"] for r in runs["lvrpo"]]}
+            rows[metric] = {"base": [r["base"][group][metric]["value"] for r in runs["lvrpo"]]}
             for name, results in runs.items():
-                values[name] = [r["aligned"][group][metric]["value"] for r in results]
-            for name in list(METHODS)[1:]:
-                pairs = zip(values["lvrpo"], values[name], strict=True)
-                values[f"less {name}"] = [a - b for a, b in pairs]
-            cells = [f"{dose:.0%}", f"`{metric}`", *map(over_seeds, values.values())]
+                rows[metric][name] = [r["aligned"][group][metric]["value"] for r in results]
+    return values
+
+
+def less(row, name):
+    """lvrpo minus another method, seed by seed."""
+    return [round(a - b, 4) for a, b in zip(row["lvrpo"], row[name], strict=True)]
+
+
+def table(values):
+    """Markdown: a line per dose and metric; base, methods, and lvrpo minus unified."""
+    head = ["wrong answers", "metric", "base", *METHODS, "lvrpo − unified", "lvrpo − no keys"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for dose, rows in values.items():
+        for metric, row in rows.items():
+            columns = [*row.values(), *(less(row, name) for name in list(METHODS)[1:])]
+            cells = [f"{float(dose):.0%}", f"`{metric}`", *map(over_seeds, columns)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def figure(values, path):
+    """The differences over the dose, a panel per metric: means and each seed."""
+    chosen = ("vqa", "multihop")
+    image = Figure(figsize=(8, 3), layout="constrained")
+    axes = image.subplots(1, len(chosen), sharey=True)
+    for ax, metric in zip(axes, chosen):
+        for name, color in zip(list(METHODS)[1:], ("#2b6cb0", "#c05621")):
+            label = "the same answer keys" if name == "unified" else "no keys for unified"
+            rows = {float(dose): less(row[metric], name) for dose, row in values.items()}
+            ax.plot(list(rows), [sum(v) / len(v) for v in rows.values()], color=color, label=label)
+            for dose, seeds in rows.items():
+                ax.plot([dose] * len(seeds), seeds, "o", color=color, markersize=3)
+        ax.axhline(0, color="grey", linewidth=0.8)
+        ax.set(title=metric, xlabel="share of wrong answers in pre-training")
+    axes[0].set_ylabel("lvrpo − unified, share right")
+    axes[0].legend()
+    image.savefig(path, dpi=110)
 
 
 def main():
     parser = Parser(description="The noise of pre-training's answers, in doses.")
     parser.add_argument("--out", default="runs/dose", help="for the runs [runs/dose]")
+    parser.add_argument("--results", default=Path(__file__).parent, help="for dose.* [here]")
     parser.add_argument("--seeds", type=positive, default=3, help="[3]")
     parser.add_argument("--jobs", type=positive, default=2, help="at a time [2]")
     parser.add_argument("--preset", default="cpu", help="as in train.py [cpu]")
@@ -86,7 +119,10 @@ def main():
     plan = [(args.out, dose, seed, args.preset) for seed in range(args.seeds) for dose in DOSES]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(of_one_seed, *zip(*plan)))
-    print(table(args.out, args.seeds))
+    values, results = collected(args.out, args.seeds), Path(args.results)
+    train.write_json(results / "dose.json", values)
+    figure(values, results / "dose.png")
+    print(table(values))
 
 
 if __name__ == "__main__":

@@ -167,8 +167,11 @@ def test_a_dose_of_noise_is_that_of_its_own_runs_alone(tmp_path, monkeypatch):
         pretend_run(tmp_path / f"{name}-{d}-0", "lvrpo", 0, 0.5 + d / 4 * (name == "lvrpo"))
     dose.one(str(tmp_path), 0.7, "lvrpo", 0, "smoke")  # is finished
     assert len(seen) == 3
-    row = dose.table(tmp_path, 1).splitlines()[-4]
+    values = dose.collected(tmp_path, 1)
+    row = dose.table(values).splitlines()[-4]
     assert row == "| 70% | `vqa` | 0.250 | 0.675 | 0.500 | 0.500 | 0.175 | 0.175 |"
+    dose.figure(values, tmp_path / "dose.png")
+    assert (tmp_path / "dose.png").stat().st_size > 5000
 
 
 def test_a_finished_run_is_kept_and_a_started_one_goes_on(tmp_path, monkeypatch):
