@@ -39,6 +39,7 @@ gpu:
 	-$(PYTHON) kernels.py --device cuda > results/gpu/kernels.txt
 	-$(PYTHON) results/bench_kernels.py --device cuda > results/gpu/bench_kernels.txt
 	-$(PYTHON) results/bench_trl.py --device cuda > results/gpu/step.txt
+	-$(PYTHON) results/check_step.py --device cuda > results/gpu/check_step.txt
 	$(PYTHON) train.py --device cuda --out runs/gpu
 	cp runs/gpu/eval.json runs/gpu/timing.csv runs/gpu/metrics.csv runs/gpu/samples/before_after.png results/gpu
 

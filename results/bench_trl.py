@@ -13,6 +13,7 @@ its candidates, an update three times a forward pass.
 
 import copy
 import importlib.util
+import itertools
 import sys
 import tempfile
 import time
@@ -27,8 +28,9 @@ import data
 from data import EOS, PAD
 from eval import Parser, run_command
 from grpo import group_advantages, grpo_loss, look_back
-from kernels import fused_linear_grpo_loss, selected_logprobs
-from model import ModelConfig, Transformer, allowed_head, completion, pick_device, sample
+from kernels import fused_linear_grpo_loss, maybe_compile, selected_logprobs
+from model import (Block, ModelConfig, Transformer, allowed_head, completion, pick_device, sample,
+                   sample_recorded)
 
 GROUP, PROMPT, NEW, WIDTH, LAYERS, IDS, UPDATES = 8, 14, 16, 128, 4, 1000, 2
 
@@ -45,12 +47,16 @@ def ours(prompts, device):
     layout, shape = data.Layout("plain", 1, EOS + IDS, EOS + IDS, device), (prompts, PROMPT + NEW)
     policy = Transformer(ModelConfig(EOS + IDS, 1, WIDTH, LAYERS, 4)).to(device)
     reference = copy.deepcopy(policy)
+    policy.layer = reference.layer = maybe_compile(Block.forward, torch.device(device))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
-    chance = torch.Generator(device).manual_seed(0)
+    chance, graphs, seeds = torch.Generator(device).manual_seed(0), {}, itertools.count()
 
     def rollout():
         rows = torch.randint(EOS + 1, EOS + IDS, shape, generator=chance, device=device)
         with autocast(device):
+            if device == "cuda":  # as train.py does
+                fresh = torch.Generator(device).manual_seed(next(seeds))
+                return sample_recorded(graphs, policy, layout, rows, GROUP, fresh, 1.0)
             return sample(policy, layout, rows, GROUP, chance)
 
     def step():

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 import data
@@ -21,8 +22,9 @@ import train
 from train import read_log
 
 sys.path.insert(0, str(ROOT / "results"))
-SCRIPTS = "ablate", "claims", "dose", "launch", "recompute", "report", "reproduce"
-ablate, claims, dose, launch, recompute, report, reproduce = map(importlib.import_module, SCRIPTS)
+SCRIPTS = "ablate", "check_step", "claims", "dose", "launch", "recompute", "report", "reproduce"
+(ablate, check_step, claims, dose, launch, recompute, report,
+ reproduce) = map(importlib.import_module, SCRIPTS)  # fmt: skip
 
 
 def pretend_run(folder, method, seed, right, base=0.25):
@@ -172,6 +174,17 @@ def test_a_dose_of_noise_is_that_of_its_own_runs_alone(tmp_path, monkeypatch):
     assert row == "| 70% | `vqa` | 0.250 | 0.675 | 0.500 | 0.500 | 0.175 | 0.175 |"
     dose.figure(values, tmp_path / "dose.png")
     assert (tmp_path / "dose.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("task", ["draw", "multihop"])
+def test_sampler_and_loss_give_each_token_the_same_probability(smoke, task):
+    run = train.Run(train.resumed({"resume": True, "out": str(smoke), "preset": "smoke"}))
+    run.load_tokens()
+    policy = run.policy("aligned")
+    ratios = check_step.ratios(run, policy, task)
+    assert len(ratios) > 100 and torch.allclose(ratios, torch.ones(len(ratios)), atol=1e-4)
+    run.config.temperature = 0.5  # in both
+    assert torch.allclose(check_step.ratios(run, policy, task), torch.tensor(1.0), atol=1e-4)
 
 
 def test_a_finished_run_is_kept_and_a_started_one_goes_on(tmp_path, monkeypatch):
