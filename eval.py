@@ -110,6 +110,8 @@ def statements(scene, caption):
         number = sum(ok for _, ok in checks)
         if number > most:
             best, most = checks, number
+        if most == len(checks):
+            break
     return best
 
 
