@@ -1,9 +1,9 @@
-"""The world, the public data, the words, and the row of tokens that every task is written in.
+"""The synthetic world, the public data sets, the vocabulary, and each task as a row of tokens.
 
 A scene is one to three coloured shapes in a 2x2 grid. Its picture, captions, questions and
-answers follow from the scene, so every answer is known exactly. What a model may learn from is
-limited on purpose, so that claims can be tested. Held out are pairs of kinds (a colour and a
-shape) that occur together, never a kind: every patch that a held-out picture needs has been seen.
+answers are computed from the scene, so the right answer is always known. Training data is limited
+on purpose, so that claims can be tested. A kind is a colour and a shape. We hold out pairs of
+kinds that occur together, never a kind: every patch of a held-out picture was seen in training.
 
   pool      objects  pairs of kinds      pictures with texts   prompts of GRPO  judged as
   paired    1-2      common              yes, noisy captions   yes              compose
@@ -12,15 +12,14 @@ shape) that occur together, never a kind: every patch that a held-out picture ne
                                          texts alone           questions
   heldout   3        8 held-out pairs    never                 never            compose_unprompted
 
-Every task is a row of spans of fixed width, so each column has one meaning (LAYOUTS). A short
-text is filled up with <pad>, an ordinary token. A text that the policy chooses ends with <eos>;
-the <pad> behind it is neither trained nor scored.
+Every task is a row of fixed-width spans, so each column has one meaning (see LAYOUTS). Short texts
+are padded with <pad>, an ordinary token. A text that the policy writes ends with <eos>; the
+padding after it is neither trained nor scored.
 
-Symbols: N rows, L columns, P codes of a picture, S pixels of its side, V vocabulary (words,
-codes).
+Symbols: N rows, L columns, P codes per picture, S pixels per side, V vocabulary (words and codes).
 Left out: photographs (Fashion-MNIST and SHAPES are real, but small), subwords (a word is a token).
 
-    $ python data.py        # a scene of each pool with its texts, and examples a second; 2 seconds
+    $ python data.py        # a scene per pool with its texts, and examples per second; 2 seconds
 """
 
 import functools
@@ -57,17 +56,17 @@ INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "belo
 BACKGROUND = (16, 16, 20)
 EMPTY = np.full((SIDE, SIDE, 3), BACKGROUND, np.uint8)
 KINDS = [(color, shape) for color in COLORS for shape in SHAPES]
-NOISE = {  # chances in pre-training; nothing is more often wrong than right
+NOISE = {  # probabilities in pre-training; everything is right more often than wrong
     "wrong": 0.15,  # a word of a caption is wrong
     "omit": 0.15,  # a colour or a shape is left out
     "unrelate": 0.2,  # a relation is left out
     "reverse": 0.2,  # a relation is reversed
-    "answer": 0.15,  # an answer is another word of its kind
+    "answer": 0.15,  # an answer is replaced by another word of its kind
 }
 
 
 class Object(NamedTuple):
-    """One shape: words for its look, its cell (row, column: 0 or 1), its shift in pixels."""
+    """One shape: its look in words, its cell (row and column, 0 or 1) and its shift in pixels."""
 
     color: str
     shape: str
@@ -87,8 +86,7 @@ class Object(NamedTuple):
 
 
 def shape_mask(shape, width):
-    """(width, width) bool: the filled outline of a shape. The judge compares with the same
-    outlines.
+    """(width, width) bool: a filled shape. The judge compares pictures with the same masks.
 
     >>> shape_mask("triangle", 5).astype(int).sum(1).tolist()
     [1, 1, 3, 3, 5]
@@ -109,7 +107,7 @@ def sprite(color, shape, size):
 
 
 def render(scene):
-    """The picture of a scene, a list of Objects: (S, S, 3) uint8 RGB."""
+    """Draw a scene, which is a list of Objects: (S, S, 3) uint8 RGB."""
     picture = EMPTY.copy()
     for o in scene:
         width = SIZES[o.size]
@@ -120,8 +118,7 @@ def render(scene):
 
 
 def related(a, relation, b):
-    """Does `a relation b` hold? Cells decide: diagonal neighbours are left or right, and above or
-    below.
+    """Is `a relation b` true? Only cells count: a diagonal neighbour is, say, both left and above.
 
     >>> a, b = Object("red", "circle", "big", 0, 0), Object("blue", "square", "big", 1, 1)
     >>> related(a, "left of", b), related(a, "below", b)
@@ -133,18 +130,18 @@ def related(a, relation, b):
 
 
 def pairs_of(kinds):
-    """The unordered pairs of kinds that occur together."""
+    """All unordered pairs of these kinds."""
     return {frozenset(pair) for pair in itertools.combinations(kinds, 2)}
 
 
 _pairs = [frozenset((a, b)) for i, a in enumerate(KINDS) for b in KINDS[:i]]
 random.Random(0).shuffle(_pairs)
 HELDOUT_PAIRS, PROMPT_PAIRS = frozenset(_pairs[:8]), frozenset(_pairs[8:16])  # of 66
-COUNTS = {"paired": (1, 2, 2), "prompted": (2,), "three": (3,), "heldout": (3,)}  # of objects
+COUNTS = {"paired": (1, 2, 2), "prompted": (2,), "three": (3,), "heldout": (3,)}  # object counts
 
 
 def in_pool(pool, kinds):
-    """May a scene or caption with these kinds (colour, shape) stand in `pool`?"""
+    """May a scene or caption with these kinds (colour, shape) belong to `pool`?"""
     pairs = pairs_of(kinds)
     if pool == "heldout":
         return bool(pairs & HELDOUT_PAIRS)
@@ -154,10 +151,9 @@ def in_pool(pool, kinds):
 
 
 def sample_scene(rng, pool="paired", jitter=0, count=None):
-    """A random scene of a pool: Objects of different kinds in different cells.
+    """A random scene from a pool: Objects of different kinds in different cells.
 
-    rng: random.Random; jitter: the largest shift in pixels; count replaces the pool's numbers of
-    objects.
+    rng: random.Random; jitter: largest shift in pixels; count: objects, if not the pool's choice.
     """
     count = count or rng.choice(COUNTS[pool])
     kinds = rng.sample(KINDS, count)
@@ -174,7 +170,7 @@ def sample_scene(rng, pool="paired", jitter=0, count=None):
 
 
 class Mention(NamedTuple):
-    """What a caption says of one object; None where it says nothing. cell is (row, column)."""
+    """What a caption says about one object; None where it says nothing. cell is (row, column)."""
 
     color: str | None = None
     shape: str | None = None
@@ -187,13 +183,13 @@ class Mention(NamedTuple):
         return " ".join(word for word in words if word)
 
     def fits(self, o):
-        """Is all that is said true of this Object?"""
+        """Is everything that is mentioned true of this Object?"""
         truths = (o.color, o.shape, o.size, o.cell)
         return all(word is None or word == truth for word, truth in zip(self, truths))
 
 
 class Caption(NamedTuple):
-    """A mention of every object of a picture, and perhaps how the first stands to the second.
+    """One mention per object, and optionally the relation of the first object to the second.
 
     >>> Caption((Mention("red", "circle"), Mention("blue", "square", "big")), "left of").text()
     'a red circle left of a big blue square'
@@ -210,7 +206,7 @@ class Caption(NamedTuple):
         return [(m.color, m.shape) for m in self.mentions]
 
     def holds(self, scene):
-        """Is all that is said true of a scene, with every object mentioned once?
+        """Is the caption true of a scene, with every object mentioned exactly once?
 
         >>> scene = [Object("red", "circle", "big", 0, 0), Object("blue", "circle", "big", 0, 1)]
         >>> texts = ("a red circle and a blue shape", "a blue circle left of a shape", "a circle")
@@ -235,7 +231,7 @@ _BETWEEN = re.compile(r" (and|left of|right of|above|below) (?=a )")
 
 @functools.lru_cache(16384)
 def parse_caption(text):
-    """The Caption that a text states, or None if it is no caption of this grammar.
+    """Parse a text into a Caption, or None if it is not a caption of this grammar.
 
     >>> parse_caption("a red shape above a big square at the top left").relation
     'above'
@@ -257,8 +253,7 @@ def parse_caption(text):
 
 
 def true_caption(rng, scene):
-    """A random clean Caption: colour and shape of all objects, now and then a size, place or
-    relation."""
+    """A random true Caption: every object's colour and shape; sometimes a size, cell, relation."""
     objects = rng.sample(scene, len(scene))
     mentions = []
     for o in objects:
@@ -272,12 +267,12 @@ def true_caption(rng, scene):
 
 
 def replaced(items, i, new):
-    """A tuple of the items with item i exchanged."""
+    """The items as a tuple, with item i replaced by `new`."""
     return (*items[:i], new, *items[i + 1 :])
 
 
 def _all_edits(mentions, relation):
-    """Every (kind, Caption) one small edit away, some of them equal to the caption."""
+    """Yield every (kind, Caption) one small edit away; some equal the original caption."""
     slots = (("color", COLORS), ("shape", SHAPES), ("size", SIZES), ("cell", CELLS))
     for i, m in enumerate(mentions):
         for slot, words in slots:
@@ -297,10 +292,10 @@ def _all_edits(mentions, relation):
 
 
 def edits(caption):
-    """All (kind, Caption) one small edit away: what makes a true caption false.
+    """Yield every (kind, Caption) one small edit away; it usually makes a true caption false.
 
     kind: color, shape, size, position, relation, swap (two objects exchange colours), drop (one
-    object less), add (one more). No edit mentions a kind twice, unless the caption does.
+    object less), add (one more). No edit mentions a kind twice unless the caption already does.
 
     >>> [e.text() for kind, e in edits(Caption((Mention("red", "circle"),))) if kind == "shape"]
     ['a red square', 'a red triangle']
@@ -312,8 +307,10 @@ def edits(caption):
 
 
 def scene_edits(scene):
-    """All (kind, scene) one small edit away: the edits of a caption that states everything; and
-    relation makes two objects exchange cells, twice adds a kind again: no true scene has that.
+    """Yield every (kind, scene) that is one small edit away; kinds as in `edits`.
+
+    Except: "relation" lets two objects exchange cells, and "twice" adds a kind that is
+    already there, which never happens in a true scene.
 
     >>> scene = [Object("red", "circle", "big", 0, 0)]
     >>> [edited[0].kind for kind, edited in scene_edits(scene) if kind == "shape"]
@@ -324,8 +321,8 @@ def scene_edits(scene):
         cells = {m.cell for m in e.mentions}
         if kind == "add" or len(cells) < len(e.mentions):  # two objects in one cell
             continue
-        left = [o for o in scene if kind != "drop" or o.cell in cells]  # whose shifts stay
-        pairs = zip(left, e.mentions, strict=True)
+        kept = [o for o in scene if kind != "drop" or o.cell in cells]  # with their shifts
+        pairs = zip(kept, e.mentions, strict=True)
         yield kind, [Object(m.color, m.shape, m.size, *m.cell, o.dx, o.dy) for o, m in pairs]
     free = [cell for cell in CELLS if cell not in [o.cell for o in scene]]
     for new, size, cell in itertools.product(KINDS, SIZES, free):
@@ -346,8 +343,8 @@ def by_kind(pairs):
 
 @functools.lru_cache(16384)
 def legal_edits(text, held_out, longest):
-    """The edits of a caption as texts, a list a kind of edit; [] for a text that is no caption. See
-    World.negatives for what is legal."""
+    """The legal edits of a caption as texts, one list per kind; [] if the text is not a caption.
+    World.negatives says what is legal."""
     caption, legal = parse_caption(text), []
     for kind, e in edits(caption) if caption else ():
         long = kind == "add" and len(e.mentions) > longest
@@ -357,13 +354,12 @@ def legal_edits(text, held_out, longest):
 
 
 def noisy_caption(rng, caption, pool="paired", noise=NOISE):
-    """The caption as a careless web page would have it. It never mentions a pair outside the
-    pool."""
+    """The caption as a careless web page might have it; its pairs of kinds stay in the pool."""
     mentions, relation = list(caption.mentions), caption.relation
     i = rng.randrange(len(mentions))
     if rng.random() < noise["wrong"]:
-        words = [e for kind, e in edits(caption) if kind in ("color", "shape", "size", "position")]
-        edited = rng.choice(words)
+        wrong = [e for kind, e in edits(caption) if kind in ("color", "shape", "size", "position")]
+        edited = rng.choice(wrong)
         mentions = list(edited.mentions) if in_pool(pool, edited.kinds) else mentions
     if rng.random() < noise["omit"]:
         mentions[i] = mentions[i]._replace(**{rng.choice(("color", "shape")): None})
@@ -384,20 +380,19 @@ ANSWER_KINDS = (NO_YES, NUMBERS, tuple(COLORS), SHAPES, tuple(SIZES), PLACES)
 
 
 def question(rng, scene):
-    """A random one-hop question and its one-word answer: existence, count, attribute or
-    relation."""
-    o, kind = rng.choice(scene), rng.randrange(5)
-    if kind == 0:
-        asked = o.kind if rng.random() < 0.5 else rng.choice(KINDS)
-        exists = asked in [p.kind for p in scene]
-        return f"is there a {asked[0]} {asked[1]} ?", NO_YES[exists]
-    if kind == 1:
+    """A random one-hop question (existence, count, attribute, relation) and one-word answer."""
+    o, form = rng.choice(scene), rng.randrange(5)
+    if form == 0:
+        kind = o.kind if rng.random() < 0.5 else rng.choice(KINDS)
+        exists = kind in [p.kind for p in scene]
+        return f"is there a {kind[0]} {kind[1]} ?", NO_YES[exists]
+    if form == 1:
         word = rng.choice(("shape", o.shape, rng.choice(SHAPES)))
         count = sum(word in ("shape", p.shape) for p in scene)
         return f"how many {word}s are there ?", NUMBERS[count]
-    if kind == 2 and sum(p.shape == o.shape for p in scene) == 1:
+    if form == 2 and sum(p.shape == o.shape for p in scene) == 1:
         return f"what color is the {o.shape} ?", o.color
-    if kind == 3 and len(scene) > 1:
+    if form == 3 and len(scene) > 1:
         other = rng.choice([p for p in scene if p is not o])
         relation = rng.choice(tuple(INVERSE))
         text = f"is the {o.color} {o.shape} {relation} the {other.color} {other.shape} ?"
@@ -409,7 +404,7 @@ def question(rng, scene):
 
 def multihop_question(rng, scene):
     """A two-hop question, its worked steps and its answer: find an object, step to its only
-    neighbour in that direction, read an attribute. The scene needs two objects or more."""
+    neighbour in that direction, read an attribute. The scene needs at least two objects."""
     while True:
         anchor, relation = rng.choice(scene), rng.choice(tuple(INVERSE))
         neighbours = [o for o in scene if related(o, relation, anchor)]
@@ -424,7 +419,7 @@ def multihop_question(rng, scene):
 
 
 def wrong_answer(rng, answer):
-    """Another word of the same kind, all alike: what a careless annotator writes.
+    """Another word of the same kind, all equally likely: a careless annotator's answer.
 
     >>> wrong_answer(random.Random(0), "yes")
     'no'
@@ -436,7 +431,7 @@ def wrong_answer(rng, answer):
 
 
 def countable(scene, color, other, shape, size, relation):
-    """What a statement can count: {noun: how many a scene has}; * is where a plural's s goes."""
+    """What a statement can count: {noun: how many a scene has}; * marks where the plural s goes."""
     looks = [(o.size, o.color) for o in scene]
     pairs = [(a, b) for a, b in itertools.permutations(scene, 2) if related(a, relation, b)]
     beside = any((a.color, b.color) == (color, other) for a, b in pairs)
@@ -449,7 +444,7 @@ def countable(scene, color, other, shape, size, relation):
     }
 
 
-QUANTIFIERS = (  # words, the plural's s, least and most that make them true
+QUANTIFIERS = (  # words, plural s, smallest and largest count that make them true
     ("there is a", "", 1, 99),
     ("there is no", "", 0, 0),
     ("there is exactly one", "", 1, 1),
@@ -460,8 +455,8 @@ QUANTIFIERS = (  # words, the plural's s, least and most that make them true
 
 
 def sample_statement(rng, pool="paired", jitter=0):
-    """(text, two or three scenes, "true" or "false"). For every sentence both are equally likely,
-    so the words alone tell nothing."""
+    """A random (text, two or three scenes, "true" or "false"). Both labels are equally likely for
+    every sentence, so the words alone give nothing away."""
     values = {"color": COLORS, "other": COLORS, "shape": SHAPES, "size": SIZES, "relation": INVERSE}
     while True:
         words = {slot: rng.choice(tuple(choices)) for slot, choices in values.items()}
@@ -481,9 +476,10 @@ def sample_statement(rng, pool="paired", jitter=0):
 
 
 class Story(NamedTuple):
-    """Three scenes; a sentence for each, first a caption, then two events; and the Caption that
-    each frame must fit by all sentences up to it: what is said once holds until an event changes
-    it."""
+    """Three scenes, a sentence for each (a caption, then two events), and a Caption for each.
+
+    A frame's Caption sums up all sentences so far: what was said holds until an event changes it.
+    """
 
     scenes: tuple
     sentences: tuple
@@ -494,8 +490,7 @@ EVENTS = ("appears", "disappears", "moves", "color", "size")
 
 
 def outcome(rng, event, scene, o):
-    """One way an event can end for Object o of a scene: the object after it, or the one that
-    appears."""
+    """A random result of an event: Object o of the scene afterwards, or the one that appears."""
     new = [kind for kind in KINDS if kind not in [p.kind for p in scene]]
     row, column = rng.choice([cell for cell in CELLS if cell not in [p.cell for p in scene]])
     if event == "appears":
@@ -508,17 +503,18 @@ def outcome(rng, event, scene, o):
 
 
 def next_frame(rng, scene, caption, most, noise=None):
-    """One event: (the next scene, its sentence, its Caption). Mentions stand in the order of
-    objects. most: objects a frame may have. noise: a wrong sentence names another outcome of the
-    event."""
+    """One random event -> (the next scene, its sentence, its Caption).
+
+    Mentions are in the order of objects. most: the most objects a frame may have. noise: a wrong
+    sentence names another outcome of the event."""
     impossible = {"appears": len(scene) == most, "disappears": len(scene) == 1}
     event = rng.choice([event for event in EVENTS if not impossible.get(event)])
     i, mentions = rng.randrange(len(scene)), caption.mentions
     o = scene[i]
     subject = f"the {o.color} {o.shape}"
     if event == "disappears":
-        left = Caption(mentions[:i] + mentions[i + 1 :])
-        return scene[:i] + scene[i + 1 :], f"{subject} disappears", left
+        rest = Caption(mentions[:i] + mentions[i + 1 :])
+        return scene[:i] + scene[i + 1 :], f"{subject} disappears", rest
     after = outcome(rng, event, scene, o)
     wrong = noise and rng.random() < noise["wrong"]
     claimed = outcome(rng, event, scene, o) if wrong else after
@@ -535,8 +531,8 @@ def next_frame(rng, scene, caption, most, noise=None):
 
 
 def sample_story(rng, pool="paired", jitter=0, noise=None):
-    """A random Story. The kinds of all frames and sentences together fit the pool; frames have at
-    most two objects in the pools of pairs, and at least one has three in the others."""
+    """A random Story whose kinds, over all frames and sentences, fit the pool. In the pools of
+    pairs no frame has more than two objects; in the others, at least one frame has three."""
     most = max(COUNTS[pool])
     while True:
         scene = sample_scene(rng, pool, jitter, min(2, rng.choice(COUNTS[pool])))
@@ -561,27 +557,26 @@ class Example(NamedTuple):
     """One item of one task. `answer` is the reference text, "" where pictures are the answer."""
 
     task: str
-    pictures: np.ndarray  # (n, S, S, 3) uint8: one, three of a story, two or three of a statement
-    prompt: str  # of a story: its sentences, " . " between them
+    pictures: np.ndarray  # (n, S, S, 3) uint8: one; three of a story; two or three of a statement
+    prompt: str  # of a story: its sentences, joined by " . "
     answer: str
     truth: object = None  # for the judge: (scene, caption), scene(s), Story, or a class label
 
 
 def at_once(example):
-    """A two-hop question as a `vqa`, answered without steps; any other example unchanged."""
+    """A two-hop question as a `vqa` example without steps; any other example unchanged."""
     if example.task != "multihop":
         return example
     return example._replace(task="vqa", answer=example.answer.split(f"{END_THINK} ")[-1])
 
 
 def pictures_of(examples):
-    """(M, S, S, 3) uint8: all pictures of some examples, one example's after the other's."""
+    """All pictures of the examples, in order: (M, S, S, 3) uint8."""
     return np.concatenate([e.pictures for e in examples])
 
 
 class World:
-    """The synthetic world as a source of examples. All chance comes from the random.Random handed
-    in."""
+    """The synthetic world as a source of examples; all randomness comes from the rng passed in."""
 
     name, tasks = "synthetic", ("draw", "caption", "vqa", "multihop", "text", "story", "verify")
 
@@ -589,8 +584,8 @@ class World:
         self.jitter = jitter
 
     def example(self, rng, task, pool="paired", noise=None, split="train"):
-        """One Example of a task from a pool. noise: chances as in NOISE, or None for clean texts.
-        Splits differ by the rng alone: another seed, other scenes."""
+        """One Example of a task from a pool. noise: as NOISE, or None for clean texts. Splits
+        differ only in the caller's rng: another seed, other scenes."""
         if task == "story":
             story = sample_story(rng, pool, self.jitter, noise)
             pictures = np.stack([render(scene) for scene in story.scenes])
@@ -599,7 +594,7 @@ class World:
             text, scenes, label = sample_statement(rng, pool, self.jitter)
             return Example(task, np.stack([render(scene) for scene in scenes]), text, label, scenes)
         if task == "text" and rng.random() < 0.3:
-            pool = "three"  # text alone is cheap and wide: it tells of scenes that no picture shows
+            pool = "three"  # text alone is cheap, and may describe scenes that no picture shows
         two = task == "multihop" and pool == "paired"
         scene = sample_scene(rng, pool, self.jitter, 2 if two else None)
         picture = render(scene)[None]
@@ -618,29 +613,28 @@ class World:
         return text, f"{THINK} {steps[0]} {END_THINK} {answer}" if steps else answer
 
     def texts(self, rng, n):
-        """n texts that between them hold every word of the world."""
+        """n texts that together contain every word of the world."""
         for i in range(n):
             e = self.example(rng, self.tasks[i % len(self.tasks)], ("paired", "three")[i // 7 % 2])
             yield f"{e.prompt} {e.answer}"
 
     def prompt_pool(self, rng, task):
-        """Where GRPO takes its prompts from: half of them show or ask for three objects."""
+        """The pool of one GRPO prompt; half of all prompts show or ask for three objects."""
         pools = ("paired",) * 3 + ("prompted",) * 2 + ("three",) * 5
         return rng.choice(pools if task == "draw" else ("paired", "three"))
 
     def negatives(self, rng, text, n, held_out=True, longest=3):
-        """Up to n different captions one edit from a caption, all kinds of edit alike; [] for
-        other texts. None names a held-out pair unless held_out is False, none more than `longest`
-        objects. (Where no true caption names three, false ones must not: a reward would learn
-        that three is wrong.)"""
+        """Up to n hard negatives: captions one edit away, every kind of edit equally likely; []
+        for other texts. None names a held-out pair, unless held_out is False, or adds an object
+        beyond `longest`. (If no true caption names three objects, no false one may: a reward
+        would learn that three is wrong.)"""
         kinds = [rng.sample(texts, len(texts)) for texts in legal_edits(text, held_out, longest)]
-        rng.shuffle(kinds)  # one edit of each kind before the second of any
+        rng.shuffle(kinds)  # one edit of each kind before a second of any
         in_turns = itertools.chain(*itertools.zip_longest(*kinds))
         return list(dict.fromkeys(edited for edited in in_turns if edited))[:n]
 
     def hard_negatives(self, rng, n, split="train", family=8):
-        """n clean captions with pictures, in families of scenes one edit apart: candidates for
-        retrieval."""
+        """n clean captions with pictures for retrieval, in families of scenes one edit apart."""
         scenes = []
         while len(scenes) < n:
             scene = sample_scene(rng, "paired", self.jitter)
@@ -660,14 +654,13 @@ SHAPES_SPLITS = ("train.tiny", "train.small", "train.med", "train.large", "val",
 
 
 def data_error(path, content, expected):
-    """The one line that every missing or damaged file ends in: what is there, and what should
-    be."""
+    """The one-line error for a missing or damaged file: what was found and what was expected."""
     way = "put the official file there, or move its folder away and add --download"
     return ValueError(f"{path}: found {content}, expected {expected}; {way}")
 
 
 def read(path, expected, reader):
-    """reader(bytes of a file); any failure becomes the line of data_error."""
+    """Return reader(bytes of the file); any failure becomes a data_error."""
     try:
         return reader(Path(path).read_bytes())
     except Exception as error:  # gzip and numpy raise eight kinds between them; all are passed on
@@ -681,8 +674,7 @@ def check_split(root, split, legal):
 
 
 def read_idx(path, item=()):
-    """IDX .gz -> (N, *item) uint8. Its header is big-endian uint32: a magic number, then the
-    shape."""
+    """IDX .gz -> (N, *item) uint8; its header: big-endian uint32, a magic number and the shape."""
     raw = read(path, "a gzip file", gzip.decompress)
     start, magic = 4 * (2 + len(item)), 0x801 + len(item)
     number, count, *shape = np.frombuffer(raw[:start].ljust(start, b"\0"), ">u4").tolist()
@@ -694,7 +686,7 @@ def read_idx(path, item=()):
 
 def load_fashion_mnist(root, split="train"):
     """Clothes: pictures (N, 32, 32, 3) uint8, grey, padded by 2 with black; labels (N,) int64,
-    which count FASHION_CLASSES. split: "train" or "test". Raises ValueError, one line. Source:
+    indices into FASHION_CLASSES. split: "train" or "test". Raises a one-line ValueError. Source:
     Xiao, Rasul, Vollgraf, arXiv:1708.07747, github.com/zalandoresearch/fashion-mnist."""
     check_split(root, split, ("train", "test"))
     prefix = Path(root) / ("train" if split == "train" else "t10k")
@@ -709,8 +701,8 @@ def load_fashion_mnist(root, split="train"):
 
 def load_shapes(root, split):
     """Yes/no questions on 3x3 grids: pictures (N, 32, 32, 3) uint8 RGB, questions (N str),
-    answers (N,) bool. split: one of SHAPES_SPLITS. The files hold 30x30 pictures in blue, green,
-    red order. ValueError, one line. Source: Andreas et al., CVPR 2016; this copy: Hu et al., ICCV
+    answers (N,) bool. split: one of SHAPES_SPLITS. The files contain 30x30 pictures in BGR order.
+    Raises a one-line ValueError. Source: Andreas et al., CVPR 2016; this copy: Hu et al., ICCV
     2017, github.com/ronghanghu/n2nmn."""
     check_split(root, split, SHAPES_SPLITS)
     start = f"{Path(root) / 'shapes_dataset' / split}"
@@ -730,10 +722,10 @@ def load_shapes(root, split):
     return pictures, questions, np.array(answers) == "true"
 
 
-# The address has no TLS: the MD5 is the check.
+# The address has no TLS, so the MD5 is the only check.
 FASHION_ADDRESS = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 SHAPES_ADDRESS = "https://codeload.github.com/ronghanghu/n2nmn/tar.gz/refs/heads/master"
-DOWNLOADS = {  # data set: files (address, MD5), or an archive and the folder of it that is wanted
+DOWNLOADS = {  # data set: files (address, MD5), or an archive (address, the folder to take)
     "fashion_mnist": (
         (f"{FASHION_ADDRESS}/train-images-idx3-ubyte.gz", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
         (f"{FASHION_ADDRESS}/train-labels-idx1-ubyte.gz", "25c81989df183df01b3e8a0aad5dffbe"),
@@ -745,9 +737,8 @@ DOWNLOADS = {  # data set: files (address, MD5), or an archive and the folder of
 
 
 def fetch(url, scratch, check):
-    """Put what an address holds below the folder `scratch`: a file whose MD5 is `check`, or the
-    folder of that name in an archive. Returns the folder that then holds the data. OSError for
-    another checksum."""
+    """Download an address into the folder `scratch`: a file whose MD5 is `check`, or an archive
+    with a folder of that name. Returns the folder with the data. OSError if the check fails."""
     print(f"downloading {url}", flush=True)
     with urllib.request.urlopen(url, timeout=30) as answer:
         content = answer.read()  # raises where the connection ends early
@@ -765,8 +756,8 @@ def fetch(url, scratch, check):
 
 
 def download(name, data_dir):
-    """Put the official files of "fashion_mnist" or "shapes" at data_dir/name, all or none of
-    them. A folder with files in it stays as it is. ValueError, one line, on any failure."""
+    """Download the official files of "fashion_mnist" or "shapes" to data_dir/name, all or none.
+    A folder that contains files stays as it is. Any failure raises a one-line ValueError."""
     root = Path(data_dir) / name
     if name not in DOWNLOADS:
         raise ValueError(f"no address is known for {name!r}, only for {', '.join(DOWNLOADS)}")
@@ -779,9 +770,9 @@ def download(name, data_dir):
             new = Path(scratch) / name
             new.mkdir()
             for url, check in DOWNLOADS[name]:
-                content = fetch(url, new, check)
-            root.rmdir()  # it is empty; Windows renames to no folder that is there
-            os.replace(content, root)
+                folder = fetch(url, new, check)
+            root.rmdir()  # it is empty; Windows cannot rename onto an existing folder
+            os.replace(folder, root)
     except Exception as error:  # urllib, ssl, gzip and tarfile raise many kinds; all are passed on
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{url}: {reason}; or put the official files at {root}") from error
@@ -801,8 +792,7 @@ class FashionMNIST:
         self.splits["test"] = load_fashion_mnist(root, "test")
 
     def example(self, rng, task, pool="paired", noise=None, split="train"):
-        """As World.example; there is one pool, and noise is a wrong class name. `truth` is the
-        label."""
+        """As World.example, with one pool; noise is a wrong class name, `truth` is the label."""
         pictures, labels = self.splits[split]
         i = rng.randrange(len(labels))
         name, picture = FASHION_CLASSES[labels[i]], pictures[i][None]
@@ -815,7 +805,7 @@ class FashionMNIST:
         return Example(task, picture, prompt, answer, labels[i])
 
     def asked(self, rng, name, noise):
-        """A question about a picture of a class, and its answer."""
+        """A question about a picture of class `name`, and its answer."""
         guess = name if rng.random() < 0.5 else rng.choice(FASHION_CLASSES)
         text, answer, words = "what is this ?", name, FASHION_CLASSES
         if rng.random() < 0.5:
@@ -825,7 +815,7 @@ class FashionMNIST:
         return text, answer
 
     def texts(self, rng, n):
-        """n texts that between them hold every word."""
+        """n texts that together contain every word."""
         for i in range(n):
             e = self.example(rng, self.tasks[i % len(self.tasks)])
             yield f"{e.prompt} {e.answer}"
@@ -838,7 +828,7 @@ class FashionMNIST:
         return "paired"
 
     def negatives(self, rng, text, n, held_out=True, longest=3):
-        """Up to n captions of other classes in the same words; [] for a text that is no caption."""
+        """Up to n captions of other classes in the same phrase; [] if the text is not a caption."""
         start, _, name = text.rpartition(" ")
         if name not in FASHION_CLASSES or f"{start} {{}}" not in self.phrases:
             return []
@@ -854,12 +844,12 @@ GRID_CELLS = tuple(itertools.product(range(3), range(3)))
 
 
 def grid_questions():
-    """{text: (X, steps, Y)}: is some X where the steps lead, the last one first, from some Y?"""
+    """{text: (X, steps, Y)}: from some Y, do the steps, last one first, lead to some X?"""
     noun = {w: f"a {w}" if w in SHAPES else f"a {w} shape" for w in GRID_WORDS}
     questions = {}
     for n, x, y in itertools.product(range(3), GRID_WORDS, GRID_WORDS):
         for steps in itertools.product(STEPS, repeat=n):
-            end = noun[y] if steps or y in SHAPES else y  # above a red shape; is a circle red
+            end = noun[y] if steps or y in SHAPES else y  # above a red shape; but: is a circle red
             questions[" ".join(("is", noun[x], *steps, end))] = x, steps, y
     return questions
 
@@ -869,8 +859,7 @@ GRID_QUESTIONS = grid_questions()
 
 @functools.cache
 def coverage(shape, width, canvas=10):
-    """(canvas, canvas) float: the share of each pixel that a shape of this width in the middle
-    covers."""
+    """(canvas, canvas) float: the share of each pixel that a centred shape of this width covers."""
     y, x = (np.mgrid[: 8 * canvas, : 8 * canvas] + 0.5) / 8 - canvas / 2
     inside = {
         "square": np.maximum(abs(x), abs(y)) < width / 2,
@@ -881,8 +870,7 @@ def coverage(shape, width, canvas=10):
 
 
 def sample_grid(rng):
-    """A grid in the style of SHAPES: {(row, column): (color, shape, width)}; a fifth of the cells
-    are empty."""
+    """A random grid as in SHAPES: {(row, column): (color, shape, width)}; 20% of cells empty."""
     grid = {}
     for cell in GRID_CELLS:
         if rng.random() > 0.2:
@@ -892,7 +880,7 @@ def sample_grid(rng):
 
 
 def render_grid(rng, grid):
-    """Its picture: (32, 32, 3) uint8. Every object's colour is a little off."""
+    """The picture of a grid: (32, 32, 3) uint8. Every object's colour is slightly off."""
     picture = np.zeros((SIDE, SIDE, 3), np.uint8)
     for (row, column), (color, shape, width) in grid.items():
         rgb = [255 * min(max((color == c) + rng.uniform(-0.2, 0.2), 0), 1) for c in GRID_WORDS[:3]]
@@ -902,9 +890,10 @@ def render_grid(rng, grid):
 
 
 def grid_answer(grid, question):
-    """(answer, steps): first the nine cells, an x at every Y; then for each step where it leads
-    from there, o or x; at the last one what stands there is named, an x at every X. (None, None)
-    where there is no X.
+    """The (answer, worked steps) of a question, or (None, None) if the grid has no X.
+
+    The text first names the nine cells, with -x at every Y. Then each step marks the cells it leads
+    to with x and all others with o; the last step names its cells instead, with -x at every X.
 
     >>> grid = {(0, 0): ("red", "circle", 5), (1, 1): ("blue", "square", 5)}
     >>> answer, steps = grid_answer(grid, "is a circle above left of a square")
@@ -927,26 +916,26 @@ def grid_answer(grid, question):
 
 
 class Shapes:
-    """SHAPES: a yes/no question on a grid, answered at once (vqa) or with steps (multihop). The
-    official val is what is reported: none of its questions is trained on, nor are the 32 made
-    ones of "val". A yes or no is too little to learn to see from, so pre-training has steps three
-    times in four, on made grids."""
+    """SHAPES: a yes/no question about a grid, answered at once (vqa) or with steps (multihop). We
+    report on the official val as our "test"; none of its questions is trained on, nor are the 32
+    of our "val". A yes or no teaches too little about a picture, so three quarters of pre-training
+    have worked steps, on generated grids."""
 
     name, tasks = "shapes", ("vqa", "multihop")
-    real_items = True  # `splits` has all that is measured
-    mix = {"vqa": 1, "multihop": 3}  # of pre-training
+    real_items = True  # metrics use `splits`, not generated examples
+    mix = {"vqa": 1, "multihop": 3}  # in pre-training
 
     def __init__(self, root):
         real = {split: self.rows(root, split) for split in ("train.tiny", "train.small", "val")}
         closed, rng = {e.prompt for e in real["val"]}, random.Random(0)
         trained = [e for e in real["train.tiny"] + real["train.small"] if e.prompt not in closed]
-        shown = rng.sample(sorted(set(GRID_QUESTIONS) - closed - {e.prompt for e in trained}), 32)
+        unseen = rng.sample(sorted(set(GRID_QUESTIONS) - closed - {e.prompt for e in trained}), 32)
         self.questions = []
-        for text in set(GRID_QUESTIONS) - closed - set(shown):
+        for text in set(GRID_QUESTIONS) - closed - set(unseen):
             two_steps = len(GRID_QUESTIONS[text][1]) == 2
-            self.questions += [text] * (1 if two_steps else 9)  # as officially
+            self.questions += [text] * (1 if two_steps else 9)  # the official proportions
         self.questions.sort()
-        val = [self.make(rng, "vqa", shown) for _ in range(512)]
+        val = [self.make(rng, "vqa", unseen) for _ in range(512)]
         self.splits = {"train": trained, "val": val, "test": real["val"]}
 
     def rows(self, root, split):
@@ -954,8 +943,7 @@ class Shapes:
         return [Example("vqa", p[None], text, NO_YES[int(answer)]) for p, text, answer in items]
 
     def make(self, rng, task, questions=None):
-        """A made grid, a question that may be asked of it, and its answer, with steps if the task
-        is multihop."""
+        """A generated grid, a question that fits it, and the answer, in multihop with steps."""
         steps = None
         while not steps:
             grid, text = sample_grid(rng), rng.choice(questions or self.questions)
@@ -964,13 +952,13 @@ class Shapes:
         return Example(task, render_grid(rng, grid)[None], text, thought + NO_YES[answer])
 
     def example(self, rng, task, pool="paired", noise=None, split="train"):
-        """As World.example; there is one pool, and questions are clean."""
+        """As World.example, with one pool and clean questions."""
         if split == "train" and (task == "multihop" or rng.random() < 0.9):
             return self.make(rng, task)
         return rng.choice(self.splits[split])._replace(task=task)
 
     def texts(self, rng, n):
-        """Texts that between them hold every word."""
+        """Texts that together contain every word."""
         for e in self.splits["train"] + [self.make(rng, "multihop") for _ in range(n // 4)]:
             yield f"{e.prompt} {e.answer}"
 
@@ -989,14 +977,14 @@ def make_sources(names, data_dir, jitter=0, fetch_missing=False):
             raise ValueError(f"--data {name}: expected names from {', '.join(SOURCES)}")
         if name != "synthetic" and fetch_missing:
             download(name, data_dir)
-        made = name == "synthetic"
-        sources.append(World(jitter) if made else SOURCES[name](Path(data_dir) / name))
+        synthetic = name == "synthetic"
+        sources.append(World(jitter) if synthetic else SOURCES[name](Path(data_dir) / name))
     return sources
 
 
-# ------------------------------------------------ one row of tokens a task
+# ------------------------------------------------ one row of tokens per task
 
-# Spans: a token, a picture of P codes, or a text of so many tokens; ? is chosen by the policy.
+# Spans: a token, a picture (P codes), or a text:WIDTH in tokens. The policy chooses those with ?.
 LAYOUTS = {
     "draw": "<draw> prompt:20 <image> picture?",
     "caption": "<caption> <image> picture <answer> text:20?",
@@ -1008,11 +996,11 @@ LAYOUTS = {
 }
 SPECIAL = ("<pad>", "<image>", "<answer>", *(f"<{task}>" for task in LAYOUTS), "<eos>")
 SPECIAL += (THINK, END_THINK)
-PAD, EOS = SPECIAL.index("<pad>"), SPECIAL.index("<eos>")  # what a text may choose starts at <eos>
+PAD, EOS = SPECIAL.index("<pad>"), SPECIAL.index("<eos>")  # a text may choose ids from <eos> on
 
 
 class Span(NamedTuple):
-    """Some columns of a row. kind: prompt, text, picture, or the special token itself."""
+    """Adjacent columns of a row. kind: prompt, text, picture, or the special token itself."""
 
     kind: str
     start: int
@@ -1021,9 +1009,9 @@ class Span(NamedTuple):
 
 
 class Layout:
-    """The columns of a task's row. start: the first chosen one; chosen (L,) bool; patch (L,)
-    int64: which patch of a picture, -1 for a text; first, last: the ids that may be chosen are
-    first <= id < last."""
+    """The columns of a task's row. start: the first column that the policy chooses; chosen (L,)
+    bool: all of them; patch (L,) int64: which patch of a picture, -1 in a text; first, last: ids
+    with first <= id < last may be chosen."""
 
     def __init__(self, task, n_patches, n_text, size, device="cpu"):
         self.task, self.spans, end = task, [], 0
@@ -1043,14 +1031,13 @@ class Layout:
         self.first, self.last = (n_text, size) if self.draws else (EOS, n_text)
 
     def drop_prompt(self, tokens, rows):
-        """Tokens (N, L) with the words and codes that some rows, (N,) bool, are given replaced by
-        <pad>."""
+        """Tokens (N, L) with all given words and codes replaced by <pad> in `rows`, (N,) bool."""
         given = ~self.chosen & (tokens >= EOS)
         return tokens.masked_fill(given & rows[:, None], PAD)
 
 
 def moved(tensor, device):
-    """A CPU tensor on a device; the host does not wait for what a GPU still has to do."""
+    """Copy a CPU tensor to a device, without waiting for the work that a GPU still has to do."""
     return tensor.to(device, non_blocking=True)
 
 
@@ -1075,15 +1062,14 @@ class Vocabulary:
         return Vocabulary(tokenizer, n_codes, n_patches)
 
     def layout(self, task, device="cpu"):
-        """The Layout of a task, made once a device."""
+        """The Layout of a task, made once per device."""
         key = task, str(device)
         if key not in self._layouts:
             self._layouts[key] = Layout(task, self.n_patches, self.n_text, self.size, device)
         return self._layouts[key]
 
     def encode(self, text, width=None):
-        """Ids of a text, filled up with <pad> to a width. ValueError for unknown words or too
-        many."""
+        """Ids of a text, padded with <pad> to `width`. ValueError for unknown or too many words."""
         words = text.split()
         unknown = [word for word in words if word not in self.ids]
         if unknown:
@@ -1102,15 +1088,16 @@ class Vocabulary:
         return " ".join(self.words[i] for i in ids if PAD < i < self.n_text)
 
     def rows(self, task, examples, codes):
-        """N examples of one task and the codes (M, P) of `pictures_of(examples)`, in [0, n_codes)
-        -> (N, L) int64 on the device of the codes, reference answers included. A missing picture
-        is <pad>."""
+        """Token rows (N, L) int64 of N examples of one task, with their reference answers.
+
+        codes (M, P) in [0, n_codes) are those of `pictures_of(examples)`; the rows are on their
+        device. Missing pictures become <pad>."""
         layout, lengths = self.layout(task), [len(e.pictures) for e in examples]
         ends = list(itertools.accumulate(lengths))
         assert len(codes) == ends[-1], (len(codes), ends[-1])
         tokens = torch.full((len(examples), layout.length), PAD)
         several = sum(span.kind == "prompt" for span in layout.spans) > 1
-        sentences, places = 0, []
+        sentence, places = 0, []
         for kind, start, end, chosen in layout.spans:
             if kind == "picture":
                 places.append((start, end))
@@ -1118,17 +1105,17 @@ class Vocabulary:
                 tokens[:, start] = self.ids[kind]
             else:
                 texts = [f"{e.answer} <eos>" if chosen else e.prompt for e in examples]
-                texts = [text.split(" . ")[sentences] for text in texts] if several else texts
+                texts = [text.split(" . ")[sentence] for text in texts] if several else texts
                 tokens[:, start:end] = torch.tensor([self.encode(t, end - start) for t in texts])
-                sentences += kind == "prompt"
-        # Where the pictures of an example stand among the codes; -1, the last row, is <pad>.
-        which = [[end - n + k if k < n else -1 for k in range(len(places))]
+                sentence += kind == "prompt"
+        # The index of each example's pictures among the codes; -1, the last row, is <pad>.
+        index = [[end - n + k if k < n else -1 for k in range(len(places))]
                  for n, end in zip(lengths, ends)]
-        tokens, which = moved(tokens, codes.device), moved(torch.tensor(which), codes.device)
+        tokens, index = moved(tokens, codes.device), moved(torch.tensor(index), codes.device)
         absent = codes.new_full((1, self.n_patches), PAD)
         pictures = torch.cat((codes + self.n_text, absent))
         for k, (start, end) in enumerate(places):
-            tokens[:, start:end] = pictures[which[:, k]]
+            tokens[:, start:end] = pictures[index[:, k]]
         return tokens
 
 
@@ -1136,7 +1123,7 @@ class Vocabulary:
 
 
 def main():
-    """One scene of each pool with its texts; examples a second."""
+    """Print one scene of each pool with its texts, and examples per second."""
     rng = random.Random(0)
     for pool in COUNTS:
         scene = sample_scene(rng, pool)
@@ -1149,7 +1136,7 @@ def main():
     world, start, n = World(), time.perf_counter(), 8000
     for i in range(n):
         world.example(rng, world.tasks[i % 4], noise=NOISE)
-    print(f"{n / (time.perf_counter() - start):,.0f} examples a second")
+    print(f"{n / (time.perf_counter() - start):,.0f} examples per second")
 
 
 if __name__ == "__main__":
