@@ -1,7 +1,7 @@
 """The policy: a codebook that turns pictures into tokens, one causal transformer, one sampler.
 
-A picture is cut into patches, and each patch becomes the number of the nearest entry of a k-means
-codebook; a table turns numbers back into pixels. Words and codes then share one vocabulary, one
+A picture is cut into patches, and each patch becomes the index of its nearest entry in a k-means
+codebook; looking the entry up gives pixels again. Words and codes share one vocabulary, one
 transformer and one output head, so drawing, captioning and answering are all "choose the next
 token", and one loss can align them all.
 
@@ -12,13 +12,13 @@ token", and one loss can align them all.
   (M5) p(id) = softmax(h . E / temperature) over first <= id < last        tied head
   (M6) id = argmax p(id) / e,  e = -log u,  u ~ Uniform(0, 1)       sampling: e is exponential noise
 
-What is sampled is what is scored: (M5) has the same ids and the same temperature in both.
+Sampling and scoring use the same distribution: (M5), with the same ids and temperature.
 
-Symbols: B prompts, G candidates of each, N = B*G rows, L columns, T columns from the first chosen
+Symbols: B prompts, G candidates each, N = B*G rows, L columns, T columns from the first chosen
 one on, C width, H heads, D = C/H, V vocabulary, P patches, K codes.
-Left out: dropout, biases, a network for pictures (a trained autoencoder did worse, 100x slower).
+Left out: dropout, biases, a network for pictures (a trained autoencoder was worse, 100x slower).
 
-    $ python model.py       # codebook, parameters, sampled tokens a second; 5 seconds
+    $ python model.py       # codebook, parameters, sampled tokens per second; 5 seconds
 """
 
 import contextlib
@@ -40,10 +40,10 @@ from data import EOS, PAD, Vocabulary, World, pictures_of
 
 
 def pick_device(name="auto"):
-    """"auto", "cuda", "mps" or "cpu" -> (torch.device, dtype of matrix products, why). ValueError
-    if absent.
+    """(torch.device, dtype of matrix products, description) for "auto", "cuda", "mps" or "cpu".
 
-    bfloat16 autocast on CUDA, float32 elsewhere; log-probs and losses are float32 everywhere."""
+    bfloat16 autocast on CUDA, float32 elsewhere; log-probs and losses are float32 everywhere.
+    ValueError if the device is not available."""
     available = {
         "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True,
     }
@@ -62,11 +62,11 @@ def at_least_float32(x):
 
 
 def matmul(a, b):
-    """a @ b for two matrices. The product of bf16 factors is float32, and summed in float32. All
-    logits are made with it, in sampling, scoring and loss."""
+    """a @ b for two matrices; bfloat16 inputs are summed in float32 and give float32. All logits
+    are computed here: in sampling, scoring and the loss."""
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype == torch.bfloat16 and a.is_cuda and not torch.is_grad_enabled():
-            return torch.mm(a, b, out_dtype=torch.float32)  # which has no derivative
+            return torch.mm(a, b, out_dtype=torch.float32)  # has no derivative
         return at_least_float32(a) @ at_least_float32(b)
 
 
@@ -83,12 +83,12 @@ def add_matmul(total, a, b):
 
 @contextlib.contextmanager
 def atomically(path):
-    """Where to write what shall stand at `path`: a file beside it, flushed, then renamed.
-    Whenever this process dies, a reader finds the whole new file or the old one. ValueError where
-    writing fails."""
+    """Yield a temporary path beside `path`; what is written there is flushed, then renamed.
+    Whenever this process dies, a reader finds either the old file or the whole new one.
+    ValueError if writing fails."""
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
-        yield path  # a pipe or a device is written to, and never replaced
+        yield path  # write to a pipe or a device, but never replace it
         return
     new = path.with_name(f"writing-{path.name}")
     try:
@@ -111,8 +111,7 @@ def save_tensors(tensors, path):
 
 
 def load_tensors(path):
-    """The dict of tensors in a .safetensors file. ValueError, one line, where that is
-    impossible."""
+    """The dict of tensors in a .safetensors file. A one-line ValueError if it cannot be read."""
     try:
         return safetensors.load(Path(path).read_bytes())
     except Exception as error:  # safetensors and the operating system raise many kinds
@@ -124,8 +123,7 @@ def load_tensors(path):
 
 
 class Codebook:
-    """K patches of p x p pixels. entries: (K, 3*p*p) float32 in [0, 255]; side: patches in a row
-    of a picture."""
+    """K patches of p x p pixels. entries: (K, 3*p*p) float32 in [0, 255]; side: patches per row."""
 
     def __init__(self, entries, patch, size=32):
         self.entries, self.patch, self.side = entries, patch, size // patch
@@ -151,16 +149,15 @@ class Codebook:
         return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, s * p, s * p, 3).round().byte()
 
     def psnr(self, pictures):
-        """Peak signal-to-noise ratio in dB after encoding and decoding; infinite when nothing is
-        lost."""
+        """Peak signal-to-noise ratio in dB after encoding and decoding; infinite if lossless."""
         error = self.decode(self.encode(pictures)).float() - torch.as_tensor(pictures).float()
         return float(10 * torch.log10(255**2 / error.square().mean()))
 
     @staticmethod
     def fit(pictures, n_codes, patch, iterations=12, seed=0):
-        """k-means over all patches of the pictures. If there are no more distinct patches than
-        n_codes, they are the codebook and it is lossless. Returns a Codebook of at most n_codes
-        entries, all in use."""
+        """A Codebook by k-means over all patches of the pictures: at most n_codes entries, all in
+        use. If there are at most n_codes distinct patches, they are the codebook, which is then
+        lossless."""
         book = Codebook(None, patch, pictures.shape[1])
         patches = book.patchify(pictures).reshape(-1, 3 * patch * patch).byte().numpy()
         patches, counts = np.unique(patches, axis=0, return_counts=True)
@@ -172,7 +169,7 @@ class Codebook:
             total = torch.zeros(n_codes).index_add_(0, code, weight)
             sums = torch.zeros_like(book.entries).index_add_(0, code, x * weight[:, None])
             book.entries = sums / total.clamp(min=1)[:, None]  # (M2)
-            unused = total == 0  # an entry that lost its patches takes one of the worst explained
+            unused = total == 0  # an entry without patches moves to a badly explained one
             far = (x - book.entries[code]).square().sum(1).topk(int(unused.sum())).indices
             book.entries[unused] = x[far]
         return book
@@ -191,7 +188,7 @@ class RMSNorm(nn.Module):
 
 
 def rotation(positions, width):
-    """Positions (L,) -> what `rotate` multiplies x and swapped x by, each (L, width)."""
+    """Positions (L,) -> the factors of x and of swapped x in `rotate`, (L, width) each."""
     half = width // 2
     frequency = 100.0 ** (-torch.arange(half, device=positions.device) / half)  # rows are short
     angle = positions[:, None] * frequency
@@ -200,17 +197,16 @@ def rotation(positions, width):
 
 
 def rotate(x, turn):
-    """Rotary embedding of x (..., L, D), whose halves are a and b."""
+    """Rotary embedding (M4) of x (..., L, D), whose two halves are a and b."""
     cos, sin = turn
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)  # (M4)
 
 
 class Block(nn.Module):
-    """One pre-norm layer: attention, then an MLP. Causal in the policy, two-way in the reward's
-    networks.
+    """One pre-norm layer: attention, then an MLP. Causal in the policy, bidirectional in rewards.
 
-    reach: the largest attention logit, so exp(reach) is the strongest preference of one position
-    over another; None is sqrt(D), which is little where heads are small."""
+    reach: the largest attention logit, which limits how far one position can outweigh the others.
+    None means sqrt(D), which is low for small heads."""
 
     def __init__(self, width, heads, reach=None):
         super().__init__()
@@ -223,13 +219,13 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x, turn=None, causal=True, mask=None, cache=None, start=0):
-        """x (N, L, C) -> the same shape. turn: a `rotation` of queries and keys. mask: broadcasts
-        to (N, H, L, keys), True where to look, in place of `causal`. cache: (keys, values) of
-        this layer, each (N, H, columns, D); what stands in columns before `start` is read, and
-        these L columns are added."""
+        """x (N, L, C) -> the same shape. turn: the `rotation` of queries and keys. mask: True
+        where to attend, broadcasts to (N, H, L, keys) and replaces `causal`. cache: (keys, values)
+        of this layer, (N, H, columns, D) each; columns before `start` are read, and the L columns
+        of x are written."""
         n, length, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        # Queries and keys of equal length: attention logits are bounded at any learning rate.
+        # QK-norm: with queries and keys of equal length, attention logits stay bounded.
         qk, v = F.layer_norm(qkv[:2], qkv.shape[-1:]), qkv[2]
         q, k = (qk if turn is None else rotate(qk, turn)).to(v.dtype)
         if cache is not None:
@@ -240,7 +236,7 @@ class Block(nn.Module):
         if start and length > 1:
             mask = torch.ones(length, start + length, dtype=torch.bool, device=x.device).tril(start)
         if length == 1 or mask is not None:
-            causal = False  # one query looks at all keys, or at those of the mask
+            causal = False  # a single query sees all keys; a mask replaces `causal`
         if length == 1 and x.device.type == "cpu":  # twice as fast for one query
             y = (self.scale * q @ k.mT).softmax(-1) @ v
         else:
@@ -251,17 +247,16 @@ class Block(nn.Module):
 
 @dataclass
 class ModelConfig:
-    vocab: int  # words and codes
-    side: int  # patches in a row of a picture
+    vocab: int  # number of words and codes
+    side: int  # patches per row of a picture
     width: int = 96
     layers: int = 4
     heads: int = 4
-    longest: int = 512  # columns of a row
+    longest: int = 512  # most columns in a row of tokens
 
 
 class Transformer(nn.Module):
-    """Tokens (N, L) -> hidden states (N, L, C). `head` is the tied weight (V, C) that scores the
-    next token."""
+    """Tokens (N, L) -> hidden states (N, L, C). `head` (V, C), the tied weight, gives logits."""
 
     def __init__(self, config):
         super().__init__()
@@ -275,10 +270,10 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.width)
         turns = rotation(torch.arange(config.longest), config.width // config.heads)
         self.register_buffer("turns", torch.stack(turns), persistent=False)
-        self.layer = Block.__call__  # or a compiled one, for rows that are read whole
+        self.layer = Block.__call__  # or a compiled version, for rows read whole
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
-                nn.init.zeros_(p)  # these write into the residual stream: a layer starts as nothing
+                nn.init.zeros_(p)  # these write to the residual stream: layers start as identity
             elif p.dim() == 2:
                 nn.init.normal_(p, std=config.width**-0.5)
 
@@ -288,16 +283,15 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self):
-        """Of keys, values and hidden states: autocast's where it is on."""
+        """The dtype of keys, values and hidden states: that of autocast where it is on."""
         device = self.head.device.type
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return self.head.dtype
 
     def forward(self, tokens, patch, cache=None, start=0, mask=None):
-        """tokens (N, L); patch (L,): which patch of a picture a column holds, -1 for a text.
-        cache and start: these are columns start to start + L, see `new_cache` and Block, as for
-        mask."""
+        """tokens (N, L), patch (L,): which patch of a picture a column is, -1 in a text -> states
+        (N, L, C). With a `new_cache`, tokens are columns start to start + L. mask: see Block."""
         places = (self.row.weight[:, None] + self.column.weight).flatten(0, 1)  # (P, C)
         places = F.pad(places, (0, 0, 0, 1))  # patch -1 is the last row, of zeros
         x = self.embed(tokens) + F.embedding(patch % len(places), places)
@@ -310,8 +304,7 @@ class Transformer(nn.Module):
         return self.norm(x).to(self.dtype)
 
     def new_cache(self, n, columns):
-        """Room for the keys and values of n rows: one (keys, values) a layer, each (n, H,
-        columns, D)."""
+        """An empty cache for n rows: (keys, values) per layer, (n, H, columns, D) each."""
         c, cache = self.config, []
         empty = torch.zeros(n, c.heads, columns, c.width // c.heads, device=self.head.device)
         for _ in self.blocks:
@@ -319,12 +312,12 @@ class Transformer(nn.Module):
         return cache
 
 
-# ------------------------------------------------ rows: sample, and look again
+# ------------------------------------------------ rows: sample them, then score them
 
 
 def read_prompts(model, layout, prompts, group):
-    """Read B prompts once for all G candidates of each: the state (N, C) that predicts the first
-    chosen token, and a cache with room for whole rows."""
+    """Prefill: read each of B prompts once for all its G candidates. Returns the states (N, C)
+    that predict the first chosen token, and a cache with room for whole rows."""
     cache = model.new_cache(len(prompts), layout.start)
     hidden = model(prompts[:, : layout.start], layout.patch[: layout.start], cache)[:, -1]
     room = layout.length - layout.start
@@ -335,11 +328,11 @@ def read_prompts(model, layout, prompts, group):
 
 @torch.no_grad()
 def sample(model, layout, prompts, group=1, generator=None, temperature=1.0):
-    """Choose the chosen columns of B rows, G times each. prompts (B, L) -> tokens (N, L) int64.
+    """Fill the chosen columns of B prompts, G times each: (B, L) -> tokens (N, L) int64.
 
-    What prompts hold in chosen columns is not read. The candidates of a prompt stand one after
-    the other. Behind a text's <eos> there is <pad>. temperature 0 takes the likeliest token;
-    ValueError below 0."""
+    The chosen columns of `prompts` are ignored. Candidates of one prompt are consecutive rows.
+    Texts continue with <pad> after <eos>. temperature 0 takes the likeliest token; ValueError
+    below 0."""
     if not temperature >= 0:
         raise ValueError(f"temperature {temperature}: expected 0 or more")
     hidden, cache = read_prompts(model, layout, prompts, group)
@@ -354,31 +347,31 @@ def sample(model, layout, prompts, group=1, generator=None, temperature=1.0):
             read = column
         scores = matmul(hidden, head)
         if temperature:
-            noise.uniform_(generator=generator)  # on a CPU three times as fast as exponential_
+            noise.uniform_(generator=generator)  # on a CPU, three times as fast as exponential_
             scores = (scores / temperature).softmax(-1) / noise.log_().neg_()  # (M5)
         token = scores.argmax(-1) + layout.first  # (M6)
         tokens[:, column] = token.masked_fill(ended, PAD)
         ended |= token == EOS
-        if not tokens.is_cuda and ended.all():  # a GPU would have to wait for the answer
+        if not tokens.is_cuda and ended.all():  # on a GPU, this check would cost a sync
             break
     return tokens
 
 
 def sample_recorded(graphs, model, layout, prompts, group, generator, temperature):
-    """As `sample`, on a GPU: the first call of a shape records it as a CUDA graph in the dict
-    `graphs`, all others replay that: one launch in the place of thousands. `model` must keep its
-    weights where they are, as optimizers do. It draws from the seed of the generator, not from its
-    state: hand in a fresh one each time."""
+    """As `sample`, on a GPU: the first call with a shape records a CUDA graph in the dict
+    `graphs`, later calls replay it: one launch instead of thousands. The weights of `model` must
+    stay at the same addresses, as optimizers leave them. Randomness comes from the seed of the
+    generator, not from its state: pass a fresh one each time."""
     key = id(model), layout.task, prompts.shape, group, temperature
     if key not in graphs:
         fixed, chance, side = prompts.clone(), torch.Generator(prompts.device), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what happens once only, such as choosing algorithms
+        with torch.cuda.stream(side):  # warm-up: one-time work, such as choosing algorithms
             sample(model, layout, fixed, group, chance, temperature)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(chance)
-        torch.clear_autocast_cache()  # casts of weights are part of the record: weights change
+        torch.clear_autocast_cache()  # the graph must cast the weights anew: they change
         with torch.cuda.graph(graph):
             tokens = sample(model, layout, fixed, group, chance, temperature)
         torch.clear_autocast_cache()
@@ -391,11 +384,12 @@ def sample_recorded(graphs, model, layout, prompts, group, generator, temperatur
 
 
 def completion(model, layout, tokens, group=1):
-    """What a loss needs of N rows (N, L) whose prompts repeat `group` times: the states (N, T, C)
-    that predict the T columns from the first chosen one on; their tokens (N, T), counted from the
-    first allowed id; and the completion mask (N, T): chosen by the policy, and not <pad>. A CPU
-    reads a prompt once for its group, and leaves out columns at the end that are <pad> in all
-    rows; a GPU reads whole rows, whose shape is always the same."""
+    """What a loss needs of rows (N, L), where each prompt repeats `group` times.
+
+    Returns the states (N, T, C) that predict the T columns from the first chosen one on; the
+    targets (N, T), counted from the first allowed id; and the completion mask (N, T), True where
+    the policy chose a token other than <pad>. A CPU reads a prompt once per group and drops
+    trailing columns of <pad>; a GPU reads whole rows, so that shapes never change."""
     start, end = layout.start, layout.length
     if not tokens.is_cuda:
         end = max(int((tokens != PAD).any(0).nonzero().max()) + 1, start + 1)
@@ -413,12 +407,12 @@ def completion(model, layout, tokens, group=1):
 
 
 def allowed_head(model, layout):
-    """The rows of the head that may be chosen, (ids, C): words or codes."""
+    """The head's rows for ids that may be chosen, words or codes: (ids, C)."""
     return model.head[layout.first : layout.last]
 
 
 def outputs(layout, tokens, vocab, codebook):
-    """What was chosen in rows (N, L): pictures (N, n, S, S, 3) uint8, or a list of N texts."""
+    """Decode the chosen columns of rows (N, L): pictures (N, n, S, S, 3) uint8, or N texts."""
     chosen = tokens[:, layout.index]
     if layout.draws:
         codes = (chosen - vocab.n_text).reshape(-1, vocab.n_patches)
@@ -431,7 +425,7 @@ def outputs(layout, tokens, vocab, codebook):
 
 
 def main():
-    """A codebook, an untrained model, and how fast it samples."""
+    """Fit a codebook, make an untrained model, and time its sampling."""
     rng, world = random.Random(0), World()
     examples = [world.example(rng, "draw") for _ in range(512)]
     pictures = pictures_of(examples)
@@ -446,7 +440,7 @@ def main():
         start = time.perf_counter()
         tokens = sample(model, layout, rows[::group], group, torch.Generator().manual_seed(0))
         rate = len(tokens) * len(layout.columns) / (time.perf_counter() - start)
-        print(f"{len(tokens) // group} prompts x {group} candidates: {rate:,.0f} tokens a second")
+        print(f"{len(tokens) // group} prompts x {group} candidates: {rate:,.0f} tokens per second")
 
 
 if __name__ == "__main__":
