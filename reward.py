@@ -2,32 +2,31 @@
 
 A CLIP-like pair of small encoders learns from noisy (picture, caption) pairs which picture goes
 with which words. Its score becomes a probability that saturates: does this picture fit its prompt
-better than the prompt's own small edits? Answers are compared with the key. A second reward is
-learned from pairs of which one is preferred; the two can be mixed.
+better than small edits of that prompt? Answers are compared with the key. A second reward is
+learned from preference pairs; the two can be mixed.
 
   (R1) s(x, c) = 1/2 mean_w max_p <w, p> + 1/2 mean_p max_w <p, w>    picture x and text c:
        every word w looks for its patch p, every patch for its word (FILIP, arXiv:2111.07783)
   (R2) L = 1/2 CE(rows of a*s) + 1/2 CE(columns of a*s)    InfoNCE, a = exp(learned log-scale);
-       each row has false edits of its caption as further negatives (NegCLIP, arXiv:2210.01936)
+       false edits of its caption are further negatives in each row (NegCLIP, arXiv:2210.01936)
   (R3) r(x, c) = log [ exp(a s(x,c)) / sum_{c' in c + edits of c} exp(a s(x,c')) ]   cut at FLOOR
   (R4) r = 1 if the answer is the key, else 0                                      exact match
-  (R5) agreement = share of (right, wrong) pairs of a group in the reward's order  its validity
+  (R5) agreement = share of (right, wrong) pairs of a group ranked correctly       validity
   (R6) P(better > worse) = sigmoid(R(better) - R(worse)),  L = -mean log P         Bradley-Terry
   (R7) r(x, c) = log sigmoid(R(x, c) - anchor), cut at FLOOR                       preference
   (R8) min(r, log SURE)                                                    the reward in use
   (R9) r(x, c) = log [ p(x|c) / sum_{c' in c + edits of c} p(x|c') ]       likelihood contrast:
        p is the frozen base itself; cut at FLOOR, then as (R8)
-  (R10) r - rarity log n    for a drawing that n of its group share        inverse frequency
+  (R10) r - rarity log n    for a drawing found n times in its group       inverse frequency
 
-Why (R8): among right candidates s and (R3) still differ a little, for no reason that matters, and
-a policy that follows them draws the same few pictures. (R8) is flat when a picture is right. Why
-(R1) and not one vector a picture: prompts name three objects, training pairs one or two; parts
-should add up.
+Why (R8): among right candidates, s and (R3) still differ slightly for no reason that matters, and
+a policy that follows them draws the same few pictures. (R8) is flat once a picture is right. Why
+(R1) and not one vector per picture: prompts name three objects, training pairs only one or two,
+and the scores of parts add up.
 
-Symbols: N pictures, M texts or pairs, P patches, W words, D width of the space, B prompts, G
-group.
+Symbols: N pictures, M texts or pairs, P patches, W words, D embedding width, B prompts, G group.
 Left out: any pretrained encoder. CLIP learns from the policy's own noisy pairs, the preference
-model from them and from ranked samples of the base.
+model from those and from ranked samples of the base.
 
     $ python train.py --out runs/NAME      # the stage train_clip prints (R5); 1 minute
 """
@@ -44,8 +43,8 @@ from data import (COUNTS, END_THINK, FASHION_CLASSES, NOISE, PAD, THINK, Example
                   in_pool, moved, parse_caption, render, scene_edits)
 from model import Block, RMSNorm, allowed_head, at_least_float32, completion, matmul, rotation
 
-FLOOR = -6.0  # a hopeless candidate is not worse than a bad one
-SURE = 0.5  # likelier than all its edits together is sure enough: the reward stops rising
+FLOOR = -6.0  # a hopeless candidate scores no worse than a bad one
+SURE = 0.5  # likelier than all its edits together is sure enough: here the reward stops rising
 
 
 def patches_of(pictures, patch, device):
@@ -62,8 +61,7 @@ def text_ids(vocab, texts, device="cpu"):
 
 
 class CLIP(nn.Module):
-    """Two small two-way transformers into one space. n_text: word ids; patch: pixels of its
-    side."""
+    """Two small bidirectional encoders into one space. n_text: word ids; patch: side in pixels."""
 
     def __init__(self, n_text, patch=8, side=32, width=64, layers=2, heads=4):
         super().__init__()
@@ -77,15 +75,14 @@ class CLIP(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
     def image(self, pictures):
-        """(N, S, S, 3) uint8 -> one unit vector a patch, (N, P, D)."""
+        """(N, S, S, 3) uint8 -> one unit vector per patch, (N, P, D)."""
         x = self.pixels(patches_of(pictures, self.patch, self.place.device)) + self.place
         for block in self.image_blocks:
             x = block(x, causal=False)
         return F.normalize(self.image_norm(x), dim=-1)
 
     def text(self, ids):
-        """(M, W) int64, padded with <pad> -> one unit vector a word, (M, W, D); padding is
-        exactly zero."""
+        """(M, W) int64 padded with <pad> -> one unit vector per word, (M, W, D); 0 for padding."""
         words = ids != PAD
         x = self.words(ids)
         positions = torch.arange(ids.shape[1], device=ids.device)
@@ -95,8 +92,8 @@ class CLIP(nn.Module):
         return F.normalize(self.text_norm(x), dim=-1) * words[..., None]
 
     def similarity(self, image, text):
-        """image (N, P, D); text (M, W, D), for all pairs, or (N, M, W, D), for each picture's own
-        -> (N, M)."""
+        """(R1) of image (N, P, D) and text -> (N, M). text is (M, W, D), the same for all pictures,
+        or (N, M, W, D), each picture's own."""
         equation = "npd,mwd->nmpw" if text.dim() == 3 else "npd,nmwd->nmpw"
         with torch.autocast(image.device.type, enabled=False):
             dots = torch.einsum(equation, at_least_float32(image), at_least_float32(text))
@@ -111,8 +108,7 @@ class CLIP(nn.Module):
 
 
 def clip_loss(clip, pictures, ids, edited):
-    """(R2) of N pictures and their N captions (N, W); `edited` (N*E, W) are E false edits of each
-    caption.
+    """(R2) of N pictures, their N captions (N, W), and E false edits each, `edited` (N*E, W).
 
     Equal captions are positives of each other. Returns the loss, and the share of pictures whose
     own caption scores highest among all N captions and its edits."""
@@ -129,13 +125,13 @@ def clip_loss(clip, pictures, ids, edited):
 
 @torch.no_grad()
 def match_logprob(clip, vocab, pictures, texts, edits):
-    """How surely does each picture show its text and not an edit of it? (N,) in [FLOOR, 0].
+    """(R3): how surely each picture shows its text and not an edit of it, (N,) in [FLOOR, 0].
 
-    pictures (N, S, S, 3) uint8; M texts, N / M consecutive pictures each; edits: M lists of
-    strings."""
+    pictures (N, S, S, 3) uint8; M texts, N / M consecutive pictures each; edits: M lists of texts.
+    """
     device, group = clip.place.device, len(pictures) // len(texts)
     assert len(pictures) == group * len(texts) == group * len(edits), (len(pictures), len(texts))
-    number, choices = {}, []  # every different text is read once
+    number, choices = {}, []  # every distinct text is encoded once
     for text, others in zip(texts, edits):
         choices.append([number.setdefault(t, len(number)) for t in dict.fromkeys((text, *others))])
     most = max(map(len, choices))
@@ -149,15 +145,14 @@ def match_logprob(clip, vocab, pictures, texts, edits):
 
 @torch.no_grad()
 def drawing_logprobs(model, vocab, texts, codes):
-    """log p(picture | text) under a policy: M texts with G pictures each, codes (M, G, P) ->
-    (M, G)."""
+    """log p(picture | text) under a policy: M texts, G pictures each, codes (M, G, P) -> (M, G)."""
     layout, group = vocab.layout("draw", codes.device), codes.shape[1]
     rows = vocab.rows("draw", [Example("draw", (), text, "") for text in texts], codes[:0, 0])
     rows = rows.repeat_interleave(group, 0)
     rows[:, layout.index] = codes.flatten(0, 1) + vocab.n_text
     logprobs, at_once = [], 8192 if codes.is_cuda else 512
-    for some in rows.split(max(at_once // group, 1) * group):
-        states, targets, _ = completion(model, layout, some, group)
+    for chunk in rows.split(max(at_once // group, 1) * group):
+        states, targets, _ = completion(model, layout, chunk, group)
         logits = matmul(states.flatten(0, 1), allowed_head(model, layout).T.to(states.dtype))
         nll = F.cross_entropy(logits, targets.flatten(), reduction="none")
         logprobs.append(-nll.view(-1, group, targets.shape[1]).sum(2))
@@ -165,21 +160,21 @@ def drawing_logprobs(model, vocab, texts, codes):
 
 
 def likelihood_contrast(model, vocab, codebook, pictures, texts, edits):
-    """How surely was each picture drawn for its text and not for an edit of it, by the
-    probabilities of a policy? Arguments after the first three, and result, as of match_logprob."""
+    """(R9): how surely a policy would draw each picture for its text and not for an edit of it.
+    The last three arguments and the result are as in match_logprob."""
     choices = [list(dict.fromkeys((text, *others))) for text, others in zip(texts, edits)]
-    counts = [len(some) for some in choices]
+    counts = [len(row) for row in choices]
     codes = codebook.encode(moved(torch.from_numpy(pictures), model.head.device))
     codes = codes.view(len(texts), -1, codes.shape[1])  # (M, G, P)
     own = [i for i, count in enumerate(counts) for _ in range(count)]
     codes = codes[moved(torch.tensor(own), codes.device)]
-    logprobs = drawing_logprobs(model, vocab, [text for some in choices for text in some], codes)
+    logprobs = drawing_logprobs(model, vocab, [text for row in choices for text in row], codes)
     contrasts = [part[0] - part.logsumexp(0) for part in logprobs.split(counts)]
     return torch.cat(contrasts).clamp(min=FLOOR)  # (R9)
 
 
 def log_multiplicity(pictures, group):
-    """log of how many of its group share a picture, itself included: (N, ...) -> (N,)."""
+    """The log of how often each picture occurs in its own group: (N, ...) -> (N,)."""
     keys = [picture.tobytes() for picture in pictures]
     groups = [keys[i - i % group : i - i % group + group] for i in range(len(keys))]
     return torch.tensor([math.log(g.count(key)) for key, g in zip(keys, groups)])  # (R10)
@@ -187,17 +182,16 @@ def log_multiplicity(pictures, group):
 
 @torch.no_grad()
 def clip_score(clip, vocab, pictures, texts):
-    """(R1) of N pictures and their N texts, (N,) in [-1, 1]: what is reported, by a second CLIP."""
+    """(R1) of N pictures and their N texts, (N,) in [-1, 1]: reported, by a second CLIP."""
     words = clip.text(text_ids(vocab, texts, clip.place.device))
     return clip.similarity(clip.image(pictures), words[:, None])[:, 0]
 
 
-# ------------------------------------------------ preferences: pairs of which one is better
+# ------------------------------------------------ preferences: pairs with a better side
 
 
 class Pair(NamedTuple):
-    """One preference. better and worse are (picture (S, S, 3) uint8, text), and share one of the
-    two."""
+    """One preference. Its sides are (picture (S, S, 3) uint8, text) and share one of the two."""
 
     direction: str  # caption: two texts for a picture; draw: two pictures for a text
     kind: str  # what was changed to make the worse one: color, shape, ..., as in data.edits
@@ -207,8 +201,8 @@ class Pair(NamedTuple):
 
 
 def captioned(source, rng, pool="paired", noise=None, split="train", stories=False):
-    """(picture, text, truth) to learn a reward from; with stories, every other one is a frame
-    with all that its story has said of it so far."""
+    """A random (picture, text, truth) to train a reward on; with stories, half of them are frames
+    with everything that the story has said so far."""
     if not stories or rng.random() < 0.5:
         e = source.example(rng, "draw", pool, noise, split)
         return e.pictures[0], e.prompt, e.truth
@@ -218,10 +212,10 @@ def captioned(source, rng, pool="paired", noise=None, split="train", stories=Fal
 
 
 def perturb_world(rng, scene, text, direction, pool):
-    """(kind, picture, text, clean) of the worse side; every kind of edit is equally likely. None
-    if no edit will do: it must stay in the pool, with as many objects (what only ever loses would
-    be learned as bad), and text and edit may not both be true. A noisy text that is false to
-    begin with stays: that is noise."""
+    """(kind, picture, text, clean) of the worse side, by a random kind of edit; None if none is
+    legal. A legal edit stays in the pool and its number of objects (what only ever loses would be
+    learned as bad), and does not make both sides true. A noisy text that is already false is
+    kept: that is the noise."""
     caption = parse_caption(text)
     clean = caption.holds(scene)
     ways = by_kind(edits(caption) if direction == "caption" else scene_edits(scene))
@@ -236,8 +230,7 @@ def perturb_world(rng, scene, text, direction, pool):
 
 
 def perturb_clothes(rng, source, picture, text, label, direction, split):
-    """The same for FashionMNIST: another class's words in the same phrase, or another class's
-    picture."""
+    """The same for FashionMNIST: the text or the picture of another class, in the same phrase."""
     clean = FASHION_CLASSES[label] == text.split()[-1]
     if direction == "caption":
         return "class", picture, source.negatives(rng, text, 1)[0], clean
@@ -248,9 +241,9 @@ def perturb_clothes(rng, source, picture, text, label, direction, split):
 
 
 def make_pairs(source, rng, n, noise=NOISE, pool="paired", split="train", stories=False):
-    """n Pairs of matching over perturbed, by turns with the text and with the picture perturbed.
-    Texts are the noisy pre-training captions, so that some labels are wrong, as people's are;
-    noise=None: clean."""
+    """n Pairs of a match and a perturbed copy, in which text or picture is edited, in turns. Texts
+    are the noisy captions of pre-training, so some labels are wrong, as people's are; noise=None:
+    clean."""
     pairs = []
     while len(pairs) < n:
         direction = ("caption", "draw")[len(pairs) % 2]
@@ -266,23 +259,24 @@ def make_pairs(source, rng, n, noise=NOISE, pool="paired", split="train", storie
 
 
 def rank_pairs(rewards, margin):
-    """Preferences among candidates: rewards (B, G) -> (K, 2) int64, rows (better, worse) of row
-    numbers in the B*G candidates: all pairs of one prompt whose rewards differ by `margin` or
-    more. ValueError for margin <= 0.
+    """Preferences among candidates: rewards (B, G) -> (K, 2) int64, each row (better, worse).
+
+    These are indices into the B*G candidates, for all pairs of one prompt whose rewards differ by
+    at least `margin`. ValueError for margin <= 0.
 
     >>> rank_pairs(torch.tensor([[1.0, 0.25, 0.0], [0.0, 0.0, 0.5]]), 0.5).tolist()
     [[0, 1], [0, 2], [5, 3], [5, 4]]
     """
     if not margin > 0:
-        raise ValueError(f"margin {margin}: expected more than 0; equal rewards prefer nothing")
+        raise ValueError(f"margin {margin}: expected more than 0; equal rewards give no preference")
     prompt, better, worse = (rewards[:, :, None] - rewards[:, None, :] >= margin).nonzero().T
     return torch.stack((better, worse), 1) + prompt[:, None] * rewards.shape[1]
 
 
 class PreferenceModel(nn.Module):
-    """R(picture, text): patches and words in one two-way transformer, then the mean over words of
-    each one's best patch. Joint, so that a colour can be bound to a shape and a relation to two
-    objects. One R serves both directions. Source: Bradley and Terry 1952; as a reward,
+    """R(picture, text): patches and words share one bidirectional transformer; R is the mean over
+    words of the best patch's score. Sharing lets it bind a colour to a shape, and a relation to
+    two objects. One R serves both directions. Source: Bradley and Terry 1952; as a reward,
     InstructGPT, arXiv:2203.02155."""
 
     def __init__(self, n_text, patch=8, side=32, width=64, layers=2, heads=4):
@@ -293,7 +287,7 @@ class PreferenceModel(nn.Module):
         self.words = nn.Embedding(n_text, width)
         self.blocks = nn.ModuleList(Block(width, heads, reach=12.0) for _ in range(layers))
         self.norm, self.match = RMSNorm(width), nn.Linear(width, width, bias=False)
-        for block in self.blocks:  # a layer starts as an identity: one word, one patch come first
+        for block in self.blocks:  # layers start as identity: single words, patches come first
             nn.init.zeros_(block.out.weight)
             nn.init.zeros_(block.down.weight)
         self.register_buffer("anchor", torch.tensor(0.0))  # saved with the weights; see set_anchor
@@ -305,7 +299,7 @@ class PreferenceModel(nn.Module):
         x = torch.cat((patches, self.words(ids)), 1)  # (N, P + W, C)
         mask = F.pad(words, (count, 0), value=True)[:, None, None, :]
         positions = torch.arange(1, ids.shape[1] + 1, device=x.device)
-        positions = F.pad(positions, (count, 0))  # a patch has its place, and no rotation
+        positions = F.pad(positions, (count, 0))  # patches have a learned place, no rotation
         turn = rotation(positions, x.shape[-1] // self.blocks[0].heads)
         for block in self.blocks:
             x = block(x, turn, mask=mask)
@@ -321,16 +315,16 @@ class PreferenceModel(nn.Module):
 
     @torch.no_grad()
     def score(self, vocab, pictures, texts):
-        """The reward of N pictures, N / len(texts) consecutive ones a text: (N,) in [FLOOR, 0].
-        It is the log-probability to win against R = anchor: like (R3) flat where all is right,
-        with the same range."""
+        """The reward of N pictures, N / len(texts) consecutive ones per text: (N,) in [FLOOR, 0].
+        It is the log-probability of winning against R = anchor: like (R3), it is flat where all
+        is right and has the same range."""
         ids = text_ids(vocab, texts, self.place.device)
         ids = ids.repeat_interleave(len(pictures) // len(texts), 0)
         return F.logsigmoid(self(pictures, ids) - self.anchor).clamp(min=FLOOR)  # (R7)
 
 
 def preference_loss(better, worse):
-    """Bradley-Terry: R of the better and of the worse of M pairs, (M,) each -> loss, the mean.
+    """Bradley-Terry: R of the better and of the worse side of M pairs, (M,) each -> mean loss.
 
     Three to one, then no preference: -log 3/4 and -log 1/2.
     >>> better, worse = torch.tensor([3.0, 1.0]).log(), torch.tensor([1.0, 1.0]).log()
@@ -342,21 +336,20 @@ def preference_loss(better, worse):
 
 @torch.no_grad()
 def pair_rewards(model, vocab, pairs, batch=256):
-    """As PreferenceModel.pairs, for any number of pairs, on the CPU: (better (M,), worse (M,))."""
+    """As PreferenceModel.pairs, but in batches and on the CPU: (better (M,), worse (M,))."""
     parts = [model.pairs(vocab, pairs[i : i + batch]) for i in range(0, len(pairs), batch)]
     return tuple(torch.cat(side).cpu() for side in zip(*parts))
 
 
 def set_anchor(model, vocab, pairs):
-    """After training: the anchor of (R7) is halfway between the mean R of both sides of these
-    pairs."""
+    """After training, set the anchor of (R7) midway between the mean R of both sides of pairs."""
     better, worse = pair_rewards(model, vocab, pairs)
     model.anchor.fill_(float(better.mean() + worse.mean()) / 2)
 
 
 def pair_accuracy(model, vocab, pairs):
-    """What a preference model knows of pairs it never saw: {"all", each direction, each kind: the
-    share in order, ties counting half}. A wrong label counts as an error: use clean pairs."""
+    """Accuracy on held-out pairs: {"all", each direction, each kind: share ranked correctly}. Ties
+    count half. A wrong label counts as an error, so use clean pairs."""
     better, worse = pair_rewards(model, vocab, pairs)
     won = ((better > worse).float() + 0.5 * (better == worse)).tolist()
     shares = {}
@@ -366,11 +359,11 @@ def pair_accuracy(model, vocab, pairs):
     return {name: sum(values) / len(values) for name, values in sorted(shares.items())}
 
 
-# ------------------------------------------------ one function a task
+# ------------------------------------------------ one function per task
 
 
 def exact_match(text, key):
-    """1.0 if the answer, which is all that stands behind the thought, is the key's; else 0.0.
+    """1.0 if the answer, which is everything after the thought, is the key's; else 0.0.
 
     >>> exact_match("<think> red circle : top left </think> blue", "<think> whatever </think> blue")
     1.0
@@ -381,31 +374,30 @@ def exact_match(text, key):
 
 
 def well_formed(text):
-    """1.0 for exactly one `<think> steps </think> answer` with steps that are not empty, else
-    0.0."""
+    """1.0 for exactly one `<think> steps </think> answer` whose steps are not empty, else 0.0."""
     words = text.split()
     once = words.count(THINK) == words.count(END_THINK) == 1
     return float(once and words[0] == THINK and words[-2] == END_THINK and len(words) > 3)
 
 
 def names_all(text):
-    """False for a caption of a scene that leaves out a colour or a shape: "a shape" has hardly
-    any edits, so nothing would be surer."""
+    """False for a scene's caption that omits a colour or a shape: "a shape" has hardly any edits,
+    so it would look the surest of all."""
     caption = parse_caption(text)
     return caption is None or all(m.color and m.shape for m in caption.mentions)
 
 
-MIXES = {  # how much each part counts; answers and format are always rules
+MIXES = {  # weights of the parts; answers and format are always judged by rules
     "rule": {"clip": 1.0, "preference": 0.0, "exact": 1.0, "format": 0.2},
     "learned": {"clip": 0.0, "preference": 1.0, "exact": 1.0, "format": 0.2},
     "mix": {"clip": 0.5, "preference": 0.5, "exact": 1.0, "format": 0.2},
 }
-# More for captions: one that misses an object must meet the one that names it.
+# More for captions: one that misses an object must compete with the edit that adds it.
 DRAWING_EDITS, CAPTION_EDITS = 12, 32
 
 
 def reward_drawing(rewards, source, examples, pictures, rng):
-    """Does each picture (N, 1, S, S, 3) show its prompt, and is it not what all others drew?"""
+    """Does each picture (N, 1, S, S, 3) show its prompt, and is it rare in its group?"""
     texts, pictures = [e.prompt for e in examples], pictures[:, 0]
     negatives = [source.negatives(rng, text, DRAWING_EDITS) for text in texts]
     parts = rewards.match(pictures, texts, negatives)
@@ -419,8 +411,7 @@ def reward_drawing(rewards, source, examples, pictures, rng):
 
 
 def reward_story(rewards, source, examples, pictures, rng):
-    """The mean over its frames: does each show all that was said up to it? pictures (N, 3, S, S,
-    3)."""
+    """Does each frame show all that was said so far? The mean over (N, 3, S, S, 3) frames."""
     frames, total = pictures.shape[1], {}
     for k in range(frames):
         texts = [e.truth.captions[k].text() for e in examples]
@@ -431,8 +422,8 @@ def reward_story(rewards, source, examples, pictures, rng):
 
 
 def reward_caption(rewards, source, examples, texts, rng):
-    """Does each of N texts fit its example's picture? A text that is no whole caption earns a
-    guess among edits, and a wrong caption no less: silence must not pay."""
+    """Does each of N texts fit its example's picture? An incomplete caption earns as much as a
+    guess among edits, and a wrong one never less: saying nothing must not pay."""
     group, edited = len(texts) // len(examples), {}
     for text in dict.fromkeys(texts):
         edited[text] = source.negatives(rng, text, CAPTION_EDITS) if names_all(text) else []
@@ -450,7 +441,7 @@ def reward_caption(rewards, source, examples, texts, rng):
 
 
 def reward_answer(rewards, source, examples, texts, rng):
-    """Is each of N answers the key? With thoughts also: do they have their form?"""
+    """Does each of N answers match the key? If the key has a thought: is the form right, too?"""
     group = len(texts) // len(examples)
     keys = [e.answer for e in examples for _ in range(group)]
     parts = {"exact": [exact_match(text, key) for text, key in zip(texts, keys, strict=True)]}
@@ -466,8 +457,7 @@ REWARDS = {
 
 
 class Rewards:
-    """The rewards of every task, and how much each part counts: MIXES, in drawings also contrast
-    and rarity."""
+    """The rewards of every task, with weights from MIXES; drawings also use contrast and rarity."""
 
     def __init__(self, clip, vocab, preference=None, weights=MIXES["rule"], base=None,
                  codebook=None, contrast=0.0, rarity=0.0):
@@ -476,15 +466,14 @@ class Rewards:
         self.scorers = ("clip",) if preference is None else ("clip", "preference")
 
     def weights_of(self, task):
-        """{part: how much it counts} in a task."""
+        """{part: weight} in a task."""
         if task != "draw":
             return self.weights
         kept = {name: (1 - self.contrast) * self.weights[name] for name in self.scorers}
         return self.weights | kept | {"contrast": self.contrast, "rarity": self.rarity}
 
     def match(self, pictures, texts, edits):
-        """{scorer: (N,) on the CPU}: how well N pictures fit M texts, N / M consecutive ones
-        each."""
+        """How N pictures fit M texts, N / M consecutive ones each: {scorer: (N,) on the CPU}."""
         clip = match_logprob(self.clip, self.vocab, pictures, texts, edits)
         parts = {"clip": clip.clamp(max=math.log(SURE)).cpu()}  # (R8)
         if self.preference is not None:
@@ -492,8 +481,7 @@ class Rewards:
         return parts
 
     def __call__(self, source, task, examples, outputs, rng):
-        """Rewards of N outputs for B examples, as model.outputs gives them -> (total (B, G),
-        {part: (B, G)})."""
+        """Reward N `outputs` of the model for B examples -> (total (B, G), {part: (B, G)})."""
         parts = REWARDS[task](self, source, examples, outputs, rng)
         parts = {name: value.float().view(len(examples), -1) for name, value in parts.items()}
         weights = self.weights_of(task)
@@ -501,9 +489,10 @@ class Rewards:
 
 
 def agreement(rewards, right, wrong):
-    """Does the reward rank the candidates of a prompt? rewards (B, G); right, wrong (B, G) bool
-    -> the share of (right, wrong) pairs in its order, ties counting half; nan without such a
-    pair; 0.5 is a coin.
+    """(R5): the share of (right, wrong) candidates of a prompt that the reward ranks correctly.
+
+    rewards (B, G); right, wrong (B, G) bool. Ties count half; nan without such a pair. 0.5 is a
+    coin flip.
 
     >>> right = torch.tensor([[True, False, False]])
     >>> agreement(torch.tensor([[0.9, 0.2, 0.5]]), right, ~right)
