@@ -7,7 +7,7 @@ update close to the policy that sampled, and a KL penalty keeps the policy close
 (G2) A_i = 1/(G-1) sum_{j != i} [ 2 sigmoid((r_i - r_j) / tau) - 1 ]   ...from preference pairs
 (G3) A = s / (std s + eps),  s = sum_k w_k z_k,  z_k = (G1) of reward k      several rewards (GDPO)
 (G4) ratio_t = exp(logprob_t - old_logprob_t)                 new policy over the one that sampled
-(G5) ratio = exp( mean_t (logprob_t - old_logprob_t) )        ...or one ratio a sequence (GSPO)
+(G5) ratio = exp( mean_t (logprob_t - old_logprob_t) )        ...or one per sequence (GSPO)
 (G6) k3_t = exp(d_t) - d_t - 1,  d_t = ref_logprob_t - logprob_t      estimate of the KL, >= 0
 (G7) l_t = -min( ratio_t A, clip(ratio_t, 1 - clip_low, 1 + clip_high) A )      the token's loss
 (G8) l_t = (G7) + kl_coef k3_t                                         ...and its KL penalty
@@ -28,11 +28,11 @@ Conventions
 * k3 is an unbiased estimate of KL(policy||ref) when the policy sampled the tokens, but its
   on-policy gradient is that of KL(ref||policy).
 * In the first step after sampling the ratio is 1 and l_t = -A: its mean is 0, its gradient is not.
-* Equal rewards in a group give advantage exactly 0: the KL penalty alone moves such a group.
+* Equal rewards in a group give advantages of exactly 0: only the KL penalty moves such a group.
 * Log-ratios beyond +-20 are clamped, as in verl: exp(89) overflows, and inf * 0 is a NaN gradient.
 
-What differs from the paper: LVRPO's text fixes neither the std, the KL estimator nor the reduction.
-These are GRPO's, with its published variants to choose from.
+Compared with the paper: LVRPO's text does not specify the std, the KL estimator or the reduction.
+These are GRPO's here, with its published variants to choose from.
 
     $ python train.py --base runs/NAME --out runs/NEW      # `grpo_step` is the loop; 2 minutes
 """
@@ -61,8 +61,7 @@ def check_shape(name: str, x: Tensor | None, shape: tuple[int, ...], meaning: st
 
 
 def checked_rewards(rewards: Tensor, name: str = "rewards") -> Tensor:
-    """Rewards (B,G) without gradient and at least float32; ValueError when they cannot rank a
-    group."""
+    """Rewards (B,G), detached and at least float32; ValueError if they cannot rank a group."""
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"{name} has shape {tuple(rewards.shape)}, expected (B, G) with G >= 2")
     if not rewards.isfinite().all():
@@ -77,8 +76,7 @@ def minus_group_mean(rewards: Tensor) -> Tensor:
 
 
 def scaled_advantages(rewards: Tensor, scale: str, eps: float = 1e-4) -> Tensor:
-    """group_advantages of rewards that were checked: without a question to the device, so that it
-    can be compiled."""
+    """group_advantages of checked rewards: no device sync, so it can be compiled."""
     if scale == "none":
         return minus_group_mean(rewards)
     std = rewards.std(1, keepdim=True) if scale == "group" else rewards.std()
@@ -104,8 +102,8 @@ def group_advantages(rewards: Tensor, scale: str = "group", eps: float = 1e-4) -
 
 
 def pairwise_advantages(rewards: Tensor, temperature: float = 1.0) -> Tensor:
-    """How a candidate fares against each other one. (B,G) -> (B,G) in [-1, 1], every group sums
-    to 0. No gradient.
+    """How a candidate fares against the others: (B,G) -> (B,G) in [-1, 1]. Every group sums to 0;
+    no gradient.
 
     sigmoid((r_i - r_j) / temperature) is the Bradley-Terry probability that i is preferred to j.
     Raises ValueError for G < 2, a reward that is not finite, or temperature <= 0.
@@ -128,7 +126,7 @@ def combine_rewards(
     mode: str = "sum_then_normalize",
     eps: float = 1e-4,
 ) -> Tensor:
-    """Named rewards (B,G), and a weight for each name -> advantages (B,G), no gradient.
+    """Named rewards (B,G) and a weight for each name -> advantages (B,G), no gradient.
 
     "sum_then_normalize" is (G1) of the weighted sum: the reward with the widest spread dominates.
     With "normalize_then_sum", (G3), each reward counts by its weight, whatever its unit (GDPO).
@@ -153,8 +151,7 @@ def combine_rewards(
         total = sum(weights[name] * r.detach() for name, r in rewards.items())
         return group_advantages(total, eps=eps)
     total = sum(weights[name] * group_advantages(r, eps=eps) for name, r in rewards.items())
-    # Whitened over the whole batch: every group of the sum has mean 0, so only the std is left to
-    # divide by.
+    # Whiten over the whole batch: every group of the sum has mean 0, so only the std is missing.
     return total / (total.std() + eps)  # (G3)
 
 
@@ -186,13 +183,11 @@ def token_objective(
     kl_coef: float = 0.02,
     level: str = "token",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss, ratio and k3 of every token, (N,T) each; finite at invalid positions, whatever stands
-    there."""
+    """Loss, ratio and k3 of every token, (N,T) each; finite at masked positions, even for NaN."""
     valid, dtype = mask > 0, at_least_float32(logprobs).dtype
 
     def clean(x: Tensor) -> Tensor:
-        # Inputs are replaced, not results: the gradient of a result that is discarded is 0 * nan
-        # = nan.
+        # Mask the inputs, not the results: a discarded result has the gradient 0 * nan = nan.
         return torch.where(valid, x.to(dtype), 0.0)
 
     new, old = clean(logprobs), clean(old_logprobs.detach())
@@ -215,10 +210,10 @@ def reduce_tokens(
 ) -> Tensor:
     """(N,T) -> one number over the valid tokens. A row without any adds 0 and still counts in N.
 
-    "token" weighs all tokens alike (DAPO, arXiv:2503.14476); "sequence" all sequences, so that a
-    long one's tokens weigh less (GRPO); "constant" divides by N * max_tokens whatever the lengths
-    (Dr. GRPO), max_tokens=None means T. Raises ValueError for an unknown reduction or max_tokens
-    < 1.
+    "token" weighs all tokens equally (DAPO, arXiv:2503.14476); "sequence" weighs all sequences
+    equally, so tokens of a long one count less (GRPO); "constant" divides by N * max_tokens, for
+    any lengths (Dr. GRPO; max_tokens=None means T). Raises ValueError for an unknown reduction or
+    max_tokens < 1.
 
     6/3, 5/2 and 6/4:
     >>> x, mask = torch.tensor([[1.0, 1.0], [4.0, 9.0]]), torch.tensor([[1, 1], [1, 0]])
@@ -287,9 +282,10 @@ def grpo_loss(
 
 @torch.no_grad()
 def look_back(policy, reference, layout, hidden, ref_hidden, targets, temperature=1.0):
-    """What the policy that has just sampled, and the frozen base, think of each token, from the
-    states (N,T,C) of both: old_logprobs, ref_logprobs, exact KL and entropy, (N,T) each, in
-    nats."""
+    """Score the sampled tokens under the policy that sampled them and under the frozen base.
+
+    From the states (N,T,C) of both: old_logprobs, ref_logprobs, exact KL and entropy, (N,T) each,
+    in nats."""
 
     def all_logprobs(model, states):
         logits = matmul(states.flatten(0, 1), allowed_head(model, layout).T.to(states.dtype))
@@ -306,9 +302,8 @@ def look_back(policy, reference, layout, hidden, ref_hidden, targets, temperatur
 
 
 def best_and_worst(rewards: Tensor, margin: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Rewards (B,G) -> row numbers, in the B*G candidates, of the best and the worst of every
-    group whose rewards are further than `margin` apart, (K,) each: below it, the best is no
-    better than the others."""
+    """Rewards (B,G) -> indices into the B*G candidates, (K,) each, of the best and the worst of
+    every group whose rewards spread by more than `margin`: below that, the best is no better."""
     rewards = checked_rewards(rewards)
     first = torch.arange(len(rewards), device=rewards.device) * rewards.shape[1]
     spread = rewards.amax(1) - rewards.amin(1) > margin
@@ -316,11 +311,10 @@ def best_and_worst(rewards: Tensor, margin: float = 0.1) -> tuple[Tensor, Tensor
 
 
 def rejection_loss(logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
-    """Rejection-sampling fine-tuning: next-token learning on the best candidate of every group,
-    and nothing else.
+    """Rejection-sampling fine-tuning: next-token learning on only the best candidate per group.
 
-    logprobs, ref_logprobs (not used) and mask (N,T), rewards (B,G) with N = B*G -> loss. 0 where
-    no group has a spread.
+    logprobs, ref_logprobs (not used) and mask (N,T), rewards (B,G) with N = B*G -> loss. 0 if no
+    group has a spread.
 
     >>> logprobs = torch.tensor([[0.5], [0.2], [0.1], [0.3]]).log()
     >>> rewards = torch.tensor([[0.0, 1.0], [2.0, 2.0]])
@@ -335,10 +329,10 @@ def rejection_loss(logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, mask
 def dpo_loss(
     logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, mask: Tensor, beta: float = 0.1
 ) -> Tensor:
-    """Direct preference optimization on one pair a group, its best against its worst candidate.
+    """Direct preference optimization on one pair per group: its best against its worst candidate.
     Source: arXiv:2305.18290.
 
-    logprobs, ref_logprobs, mask (N,T), rewards (B,G) with N = B*G -> loss. 0 where no group has a
+    logprobs, ref_logprobs, mask (N,T), rewards (B,G) with N = B*G -> loss. 0 if no group has a
     spread.
 
     >>> new, ref = torch.tensor([[0.5], [0.1]]).log(), torch.tensor([[0.25], [0.2]]).log()
@@ -356,9 +350,9 @@ def dpo_loss(
 
 
 def contrastive_loss(model: Transformer, vocab, examples, codes: Tensor, scale=10.0) -> Tensor:
-    """CLIP-style alignment of the policy itself: the mean state of a picture, read alone, and of
-    its text, read alone, attract each other. N examples with texts, codes (N,P) -> loss. Equal
-    texts are positives of each other. Source: arXiv:2103.00020."""
+    """CLIP-style alignment of the policy itself: the mean states of a picture and of its text, each
+    read alone, attract each other. N examples with texts, codes (N,P) -> loss. Equal texts are
+    positives of each other. Source: arXiv:2103.00020."""
     texts = [e._replace(prompt=e.prompt or e.answer, answer="") for e in examples]
     means = []
     for task, kind in (("caption", "picture"), ("draw", "prompt")):
@@ -375,9 +369,9 @@ def contrastive_loss(model: Transformer, vocab, examples, codes: Tensor, scale=1
 
 
 def masked_code_loss(model: Transformer, vocab, examples, codes: Tensor, share=0.4) -> Tensor:
-    """BEiT-style: a share of a picture's codes is hidden, and predicted from the codes on both
-    sides; inside the picture attention is two-way. codes (N,P) -> loss; texts are not used.
-    Source: arXiv:2106.08254."""
+    """BEiT-style: hide a share of a picture's codes and predict them from the other codes, with
+    bidirectional attention inside the picture. codes (N,P) -> loss; texts are not used. Source:
+    arXiv:2106.08254."""
     layout = vocab.layout("caption", codes.device)
     _, start, end, _ = next(span for span in layout.spans if span.kind == "picture")
     rows = vocab.rows("caption", [e._replace(answer="") for e in examples], codes)[:, :end]
