@@ -1,8 +1,8 @@
 """The GRPO loss from hidden states, without ever holding the logits of a whole batch.
 
-The logits are by far the largest tensor of a language model, yet of each token's V logits the loss
-needs one log-prob. So we compute logits, loss and gradients for one chunk of tokens, and drop the
-chunk before the next one. Tokens that the mask leaves out never reach the loss or a gradient.
+The logits are by far the largest tensor of a language model, yet the loss needs only one log-prob
+of each token's V logits. So we compute logits, loss and gradients for one chunk of tokens, and
+drop the chunk before the next one. Masked tokens never reach the loss or a gradient.
 
 For a chunk of m tokens with hidden states H (m,C), output matrix W (V,C) and chosen ids y (m,):
 (K1) Z = H W^T                                        logits (m,V), the only large tensor
@@ -12,14 +12,14 @@ For a chunk of m tokens with hidden states H (m,C), output matrix W (V,C) and ch
 (K5) dL/dH = g D W                                    (m,C)
 (K6) dL/dW = sum over chunks of D^T (g H)             (V,C)
 
-Symbols: N sequences, T tokens, M = N*T, m tokens of a chunk, C width, V ids that may be chosen.
+Symbols: N sequences, T tokens, M = N*T, m tokens per chunk, C width, V ids that may be chosen.
 W is the slice of the head that may be chosen, `head[first:last]`, and ids count from its first row.
 
 As in Liger Kernel (arXiv:2410.10989), the forward pass computes the gradients: g of a token needs
 no other token, so its logits are computed once. With level="sequence" g needs the whole sequence,
 and if there is more than one chunk, a first pass computes all log-probs. At the size of an LLM
 (N=16, T=1024, C=4096, V=128256), autograd keeps three float32 numbers for each logit, 25 GB; both
-gradients and one chunk take about 6. Left out: Triton; on CUDA, torch.compile makes the kernels.
+gradients and one chunk need about 6. Left out: Triton; on CUDA, torch.compile makes the kernels.
 
     $ python kernels.py --device cpu      # largest errors against float64 autograd; 5 seconds
 """
@@ -41,7 +41,7 @@ from model import add_matmul, at_least_float32, matmul
 
 @functools.cache
 def maybe_compile(function, device: torch.device):
-    """The function, compiled on CUDA if Triton is there, a C compiler and Python's headers."""
+    """The function, compiled on CUDA if Triton, a C compiler and Python's headers are there."""
     compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
     headers = os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
     possible = device.type == "cuda" and find_spec("triton") and compiler and headers
@@ -55,10 +55,10 @@ def softmax_kernel(temperature, dtype, logits, tokens):
     >>> softmax_kernel(1.0, torch.float32, logits, tokens)[1]
     tensor([[-0.2500,  0.2500]])
     """
-    every = (logits / temperature).log_softmax(1)
-    logprobs = every.gather(1, tokens[:, None])  # (K2)
-    chosen = logprobs.expm1() / -temperature  # exact where the softmax is close to 1, too
-    others = every.exp_().div_(-temperature)
+    all_logprobs = (logits / temperature).log_softmax(1)
+    logprobs = all_logprobs.gather(1, tokens[:, None])  # (K2)
+    chosen = logprobs.expm1() / -temperature  # exact even where the softmax is close to 1
+    others = all_logprobs.exp_().div_(-temperature)
     return logprobs[:, 0], others.to(dtype).scatter_(1, tokens[:, None], chosen.to(dtype))  # (K3)
 
 
@@ -70,7 +70,7 @@ def advantages_and_loss(logprobs, old, ref, advantages, rewards, mask, scale, **
 
 
 def prepare(hidden, weight, tokens, temperature, chunk_tokens):
-    """Check the inputs -> H (M,C), W (V,C), kernel(logits, tokens) for (K2, K3), tokens a chunk."""
+    """Check inputs -> H (M,C), W (V,C), kernel(logits, tokens) for (K2, K3), tokens per chunk."""
     check_shape("tokens", tokens, hidden.shape[:2], "the (N, T) of hidden (N, T, C)")
     check_shape("weight", weight, (len(weight), hidden.shape[-1]), "(V, C) with hidden's C")
     if not temperature > 0:
@@ -80,7 +80,7 @@ def prepare(hidden, weight, tokens, temperature, chunk_tokens):
     half = torch.bfloat16 if torch.bfloat16 in (hidden.dtype, autocast) else torch.float32
     dtype = wide if wide == torch.float64 else half  # never float16, where gradients underflow
     kernel = functools.partial(maybe_compile(softmax_kernel, hidden.device), temperature, dtype)
-    room = 2**30 if hidden.is_cuda else 2**23  # bytes of logits: on a CPU, what its caches hold
+    room = 2**30 if hidden.is_cuda else 2**23  # bytes of logits; on a CPU they fit its caches
     size = chunk_tokens or max(1, room // (4 * len(weight)))
     return hidden.detach().flatten(0, 1).to(dtype), weight.detach().to(dtype), kernel, size
 
@@ -89,7 +89,7 @@ def prepare(hidden, weight, tokens, temperature, chunk_tokens):
 def chunked_gradients(hidden, weight, tokens, kernel, chunks, logprobs, g_of):
     """dL/dH (M,C) and dL/dW (V,C), at least float32, and the last result of g_of.
 
-    chunks: the rows that count. g_of(log-probs (M,) so far) -> g (M,) for this chunk, result.
+    chunks: indices of the valid rows. g_of(log-probs (M,) so far) -> g (M,) for a chunk, result.
     """
     dhidden, dweight = (at_least_float32(torch.zeros_like(x)) for x in (hidden, weight))
     for rows in chunks:
@@ -103,7 +103,7 @@ def chunked_gradients(hidden, weight, tokens, kernel, chunks, logprobs, g_of):
 
 
 class WithGradients(torch.autograd.Function):
-    """value, with gradients_of(dL/dvalue) -> dL/dhidden, dL/dweight as its backward pass."""
+    """Return `value`; the backward pass is gradients_of(dL/dvalue) -> dL/dhidden, dL/dweight."""
 
     @staticmethod
     def forward(ctx, hidden, weight, value, gradients_of):
@@ -113,15 +113,15 @@ class WithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        return *ctx.gradients_of(g), None, None  # autograd rounds them, once, if inputs are bf16
+        return *ctx.gradients_of(g), None, None  # autograd rounds once, for bf16 inputs
 
 
 def selected_logprobs(hidden, weight, tokens, temperature=1.0, *, chunk_tokens=None):
     """Log-prob (N,T) of each token, at least float32. Gradients for hidden (N,T,C), weight (V,C).
 
     hidden[n,t] is the state that predicts tokens[n,t], an id in [0, V); any other id gets -inf.
-    A position whose log-prob gets no gradient may hold anything, NaN too: it affects no other one.
-    The backward pass computes the logits again, chunk_tokens at a time (None: 1 GB, on a CPU 8 MB).
+    A position whose log-prob gets no gradient may contain anything, even NaN: it affects no other.
+    The backward pass recomputes the logits, chunk_tokens at a time (None: 1 GB, or 8 MB on a CPU).
     Raises ValueError for shapes that do not fit and temperature <= 0. Source: (K1) to (K6).
 
     >>> hidden, weight = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[1.0], [3.0]]).log()
@@ -136,7 +136,7 @@ def selected_logprobs(hidden, weight, tokens, temperature=1.0, *, chunk_tokens=N
         logprobs = torch.cat([kernel(matmul(x, w.T), y)[0] for x, y in chunks])
 
     def gradients_of(g):
-        used = g.nonzero().squeeze(1).split(size)  # what the caller masked may hold NaN
+        used = g.nonzero().squeeze(1).split(size)  # what the caller masked may be NaN
         return chunked_gradients(h, w, ids, kernel, used, g.clone(), lambda _: (g, None))[0]
 
     logprobs = WithGradients.apply(hidden.flatten(0, 1), weight, logprobs, gradients_of)
@@ -149,9 +149,9 @@ def fused_linear_grpo_loss(
 ):
     """Loss and metrics of grpo_loss(selected_logprobs(...), ...) in one pass.
 
-    Give advantages (N,), or None and rewards (B,G), N = B*G, for group_advantages(rewards, scale).
+    Pass advantages (N,), or None and rewards (B,G), N = B*G, for group_advantages(rewards, scale).
     objective: clip_low, clip_high, kl_coef, reduction and max_tokens, as in grpo_loss.
-    Only hidden (N,T,C) and weight (V,C) get gradients. Where the mask is 0, anything may stand.
+    Only hidden (N,T,C) and weight (V,C) get gradients. Masked positions may contain anything.
     Raises ValueError as those functions do, for both or neither of advantages and rewards, and for
     a valid token outside [0, V). Source: (K1) to (K6).
 
@@ -172,13 +172,13 @@ def fused_linear_grpo_loss(
     valid = (mask > 0).flatten().nonzero().squeeze(1)
     if not ((ids[valid] >= 0) & (ids[valid] < len(weight))).all():
         raise ValueError(f"tokens: an id at a valid position is not in [0, {len(weight)})")
-    given = (old_logprobs, ref_logprobs, advantages, rewards, mask, scale)
+    inputs = (old_logprobs, ref_logprobs, advantages, rewards, mask, scale)
 
     @torch.enable_grad()
     def g_of(logprobs):
         loss_of = maybe_compile(advantages_and_loss, mask.device)
         leaf = logprobs.detach().requires_grad_()
-        loss, metrics = loss_of(leaf.view(mask.shape), *given, level=level, **objective)
+        loss, metrics = loss_of(leaf.view(mask.shape), *inputs, level=level, **objective)
         return torch.autograd.grad(loss, leaf)[0], (loss.detach(), metrics)  # (K4)
 
     chunks, logprobs = valid.split(size), at_least_float32(h.new_zeros(len(h)))
@@ -210,8 +210,8 @@ def loss_and_gradients(function, hidden, weight, *rest, **options):
 
 
 def errors(dtype, device, reduction, level, with_ref, chunk):
-    """Of selected_logprobs, then of the fused loss, against autograd in float64: the largest of the
-    loss, absolute, and of both gradients, relative to their largest entry."""
+    """Yield the largest error of selected_logprobs, then of the fused loss, against autograd in
+    float64: absolute for the loss, relative to the largest entry for both gradients."""
     random = functools.partial(torch.randn, device=device)
     hidden, weight = random(8, 33, 64).to(dtype), random(300, 64).to(dtype)
     rewards, mask = random(2, 4).double(), random(8, 33) > 0
@@ -221,7 +221,7 @@ def errors(dtype, device, reduction, level, with_ref, chunk):
     options = dict(reduction=reduction, level=level, clip_high=0.3, temperature=8.0)
     plain, rest = functools.partial(composed_loss, plain_logprobs), (tokens, old, ref, advantages)
     exact = loss_and_gradients(plain, hidden.double(), weight.double(), *rest, mask, **options)
-    hidden[~mask], tokens[~mask] = torch.nan, -7  # what the mask leaves out must not matter
+    hidden[~mask], tokens[~mask] = torch.nan, -7  # masked positions must not matter
     select = functools.partial(selected_logprobs, chunk_tokens=chunk)
     fused = functools.partial(fused_linear_grpo_loss, rewards=rewards, chunk_tokens=chunk)
     sizes = (1.0, exact[1].abs().max(), exact[2].abs().max())
@@ -245,9 +245,9 @@ def main(arguments=None) -> None:
     for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
         for mode, cases in modes.items():
             with torch.compiler.set_stance("force_eager" if mode == "eager" else "default"):
-                found = torch.tensor([list(errors(dtype, device, *case)) for case in cases]).amax(0)
-            print(f"{dtype}, {mode}: selected_logprobs {found[0]:.0e}, fused loss {found[1]:.0e}")
-            if not (found < limit).all():  # nor is NaN
+                worst = torch.tensor([list(errors(dtype, device, *case)) for case in cases]).amax(0)
+            print(f"{dtype}, {mode}: selected_logprobs {worst[0]:.0e}, fused loss {worst[1]:.0e}")
+            if not (worst < limit).all():  # NaN fails as well
                 parser.exit(1, f"kernels.py: expected errors below {limit}\n")
 
 
