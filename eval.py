@@ -1,25 +1,25 @@
-"""Measuring: a judge that no training sees, metrics with intervals, comparisons, a playground.
+"""Evaluation: a judge that training never sees, metrics with intervals, comparisons, playground.
 
-The judge reads a generated picture with plain NumPy: every pixel goes to the nearest colour of the
-palette, what a cell holds of a colour is compared with the outlines of the shapes, and every
-statement of the prompt is checked. On the generator's own pictures it is always right (a test
-asserts it). It is no reward and chooses no checkpoint; temperatures are chosen on validation
-prompts, reported on test.
+The judge reads a generated picture with plain NumPy: it assigns every pixel to the nearest colour
+of the palette, compares the pixels of one colour in a cell with the outlines of the shapes, and
+checks every statement of the prompt. On the generator's own pictures it is always right (a test
+asserts it). It is not a reward and chooses no checkpoint; temperatures are chosen on validation
+prompts and reported on test prompts.
 
   (E1) compose   = share of pictures with exactly the objects of the prompt, every statement true
-  (E2) diversity = distinct right pictures / right pictures of a prompt; it falls when more are
-       right; differ = share of pairs of right pictures that differ, which does not
+  (E2) diversity = distinct right pictures / right pictures of a prompt; it falls as more are
+       right; differ = share of pairs of right pictures that differ, which does not fall
   (E3) interval of a rate: Wilson, 95%         (E4) of a mean: mean +- 1.96 standard errors
-  (E5) text NLL  = - sum of log-probs of held-out captions / their tokens, nats a token
-  (E6) retrieval: log p(c|x) - log mean_x' p(c|x') by the model as it captions, plus
-       log p(x|c) - log mean_c' p(x|c') as it draws; is its own the first of 64 candidates? Scenes
-       one edit apart are among them. Intervals are of blocks of 64, which share candidates
-  (E7) frechet   = |m - n|^2 + tr(C + D - 2 (C D)^(1/2)) of real and drawn pictures as the second
-       CLIP sees them. It is not the FID of the Inception network
+  (E5) text NLL  = - sum of log-probs of held-out captions / their tokens, in nats per token
+  (E6) retrieval: log p(c|x) - log mean_x' p(c|x') from the model as a captioner, plus
+       log p(x|c) - log mean_c' p(x|c') as a drawer; does the true partner rank first of 64? Hard
+       negatives, one edit away, are among them. Intervals are over blocks of 64 candidates
+  (E7) frechet   = |m - n|^2 + tr(C + D - 2 (C D)^(1/2)) of real and drawn pictures, embedded by
+       the second CLIP. It is not the FID of the Inception network
   (E8) story     = share of stories whose frames are all right and consistent
 
-A result on drawing is a front: quality against diversity over temperatures. One number at
-temperature 1 says little: a low temperature alone makes a model look better and duller.
+A drawing result is a front: quality against diversity, over temperatures. One number at
+temperature 1 says little: a low temperature alone makes a model look better, but duller.
 
     $ python eval.py --run runs/NAME                                  # the table
     $ python eval.py --run results/model --draw "a red circle left of a blue square"
@@ -62,8 +62,7 @@ SPECK, LIKENESS = 4, 0.9  # fewer pixels are noise; an outline must overlap by t
 
 @functools.lru_cache(100_000)
 def outline(pixels, size):
-    """The (shape, size) whose outline overlaps a cropped bool mask (its bytes and shape) best, or
-    (None, None)."""
+    """The best-matching (shape, size) for a cropped mask (bytes, shape), or (None, None)."""
     best, name, mask = LIKENESS, (None, None), np.frombuffer(pixels, bool).reshape(size)
     for candidate, shape in OUTLINES.items():
         h, w = (max(a, b) for a, b in zip(mask.shape, shape.shape))
@@ -75,8 +74,8 @@ def outline(pixels, size):
 
 
 def parse(pictures):
-    """(N, S, S, 3) uint8 -> the Objects in each picture; shape and size are None for a malformed
-    one. What a cell holds of one colour is one object: true objects never leave their cell."""
+    """(N, S, S, 3) uint8 -> the Objects in each picture; malformed ones have shape and size None.
+    All pixels of one colour in a cell are one object: true objects never leave their cell."""
     distance = np.abs(pictures[:, :, :, None].astype(np.int16) - PALETTE).sum(-1)
     labels = distance.argmin(-1).reshape(-1, 2, CELL, 2, CELL).transpose(0, 1, 3, 2, 4)
     cells = labels.reshape(-1, len(CELLS), CELL, CELL)
@@ -93,7 +92,7 @@ def parse(pictures):
 
 
 def statements(scene, caption):
-    """Every statement of a caption, as (kind, true of the scene?), under the assignment of
+    """All statements of a caption as (kind, is it true of the scene?), under the assignment of
     objects to mentions that makes most of them true. Kinds: count, color, shape, size, position,
     relation."""
     best, most, missing = [], -1, max(len(caption.mentions) - len(scene), 0)
@@ -116,16 +115,15 @@ def statements(scene, caption):
 
 
 def holds(scene, caption):
-    """Is every statement true, with no object more or less? Apart from Caption.holds of the
-    generator, so that the judge does not share its mistakes."""
-    many = len(scene) == len(caption.mentions)  # asked first: it is cheap
-    return many and all(ok for _, ok in statements(scene, caption))  # (E1)
+    """Is every statement true, with exactly the objects mentioned? Independent of the generator's
+    Caption.holds, so that the judge does not share its mistakes."""
+    same_number = len(scene) == len(caption.mentions)  # first, because it is cheap
+    return same_number and all(ok for _, ok in statements(scene, caption))  # (E1)
 
 
 def consistent(drawn, scenes):
-    """Does everything stay that should? What an object has in common with itself in the next true
-    scene, it must have in common in the drawn ones: one that only moves keeps its colour, shape
-    and size."""
+    """Does everything stay that should? Whatever an object keeps from one true scene to the next,
+    it must keep in the drawn ones: an object that only moves keeps its colour, shape and size."""
     for a, b, drawn_a, drawn_b in zip(scenes, scenes[1:], drawn, drawn[1:]):
         gone, new = [o for o in a if o not in b], [o for o in b if o not in a]
         pairs = [(o, o) for o in a if o in b] + list(zip(gone, new))
@@ -140,10 +138,10 @@ def consistent(drawn, scenes):
 
 
 class WorldJudge:
-    """Right or wrong for the synthetic world, and which kinds of statement failed."""
+    """The judge of the synthetic world: right or wrong, and which kinds of statement failed."""
 
     accuracy = 1.0
-    # The pool behind each metric. Names are older than pools: compose_heldout draws "three".
+    # The pool behind each metric. Metric names are older: compose_heldout draws from "three".
     pools = {
         "compose": "paired",
         "compose_heldout": "three",
@@ -152,8 +150,7 @@ class WorldJudge:
     }
 
     def failed(self, examples, pictures):
-        """The kinds of statement that are false of each picture (N, 1, S, S, 3): N sets, empty
-        where all is right."""
+        """Pictures (N, 1, S, S, 3) -> N sets of kinds of false statement, empty if all is right."""
         scenes = parse(pictures[:, 0])
         assert len(scenes) == len(examples), (len(scenes), len(examples))
         failed = []
@@ -166,8 +163,8 @@ class WorldJudge:
         return np.array([not kinds for kinds in self.failed(examples, pictures)])
 
     def story(self, examples, pictures):
-        """Stories (N, 3, S, S, 3) -> is each frame right, (N, 3) bool; does what should stay
-        stay, (N,) bool."""
+        """Stories (N, 3, S, S, 3) -> is each frame right, (N, 3) bool; is each story consistent,
+        (N,) bool."""
         assert len(pictures) == len(examples), (len(pictures), len(examples))
         right, same = [], []
         for e, frames in zip(examples, pictures):
@@ -178,8 +175,7 @@ class WorldJudge:
         return np.array(right), np.array(same)
 
     def caption(self, examples, texts):
-        """(N,) bool: a caption that is true of the scene and names colour and shape of every
-        object."""
+        """(N,) bool: is the text true of the scene, with every object's colour and shape?"""
         assert len(texts) == len(examples), (len(texts), len(examples))
         right = []
         for e, caption in zip(examples, map(parse_caption, texts)):
@@ -189,9 +185,8 @@ class WorldJudge:
 
 
 class FashionJudge:
-    """Which class is a picture of? A small convolutional net says so, trained here on real
-    training pictures in a few seconds; `accuracy` is how often it is right on real test
-    pictures."""
+    """Classifies pictures with a small convolutional net, trained here in a few seconds on real
+    training pictures; `accuracy` is how often it is right on real test pictures."""
 
     pools = {"compose": "paired"}
 
@@ -206,9 +201,9 @@ class FashionJudge:
             optimizer = torch.optim.Adam(self.net.parameters(), lr)
             for step in range(steps):
                 optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-                some = torch.randint(len(labels), (batch,)).numpy()
+                rows = torch.randint(len(labels), (batch,)).numpy()
                 optimizer.zero_grad()
-                loss = F.cross_entropy(self.scores(pictures[some]), torch.from_numpy(labels[some]))
+                loss = F.cross_entropy(self.scores(pictures[rows]), torch.from_numpy(labels[rows]))
                 loss.backward()
                 optimizer.step()
         self.accuracy = float((self.classify(unseen[:2000]) == truth[:2000]).mean())
@@ -239,7 +234,7 @@ class FashionJudge:
 
 
 class KeyJudge:
-    """For a source that only asks: nothing is drawn, and the key says what is right."""
+    """For a source with only questions: nothing is drawn, and the key decides."""
 
     pools, accuracy = {}, 1.0
 
@@ -261,9 +256,9 @@ T_QUANTILES = (  # of Student's t at 97.5%, for 1 to 29 degrees of freedom
 
 
 def cell(values, weights=None):
-    """A number of eval.json: of bools their share with its Wilson interval, of floats their
-    (weighted) mean, of one float itself; {"value", "low", "high", "n"}, with None where there is
-    no number or interval.
+    """An entry of eval.json: {"value", "low", "high", "n"}, None where there is no such number.
+
+    bools give their share with a Wilson interval, floats their (weighted) mean, one float itself.
 
     >>> cell(np.array([True] * 8 + [False] * 2))
     {'value': 0.8, 'low': 0.4902, 'high': 0.9433, 'n': 10}
@@ -300,7 +295,7 @@ def over_seeds(values):
 
 def diversity(pictures, right):
     """pictures (B, G, ...), right (B, G) bool -> (share of right ones that are distinct, share of
-    pairs of right ones that differ), over prompts with two right ones or more; nan without any.
+    pairs of right ones that differ), over prompts with at least two right ones; nan without any.
 
     Two of three are distinct, two of three pairs differ:
     >>> a, b = np.zeros((1, 2, 2)), np.full((1, 2, 2), 255)
@@ -317,7 +312,7 @@ def diversity(pictures, right):
 
 
 def frechet(a, b):
-    """Frechet distance of two sets of vectors (N, D), (M, D), each taken for a Gaussian. Source:
+    """Frechet distance of Gaussians fitted to two sets of vectors, (N, D) and (M, D). Source:
     arXiv:1706.08500.
 
     Means 1 and 5, std sqrt 2 and 2 sqrt 2:
@@ -334,8 +329,8 @@ def frechet(a, b):
 
 
 def surprise(logprobs, axis):
-    """log p(a|b) -> log p(a|b) / p(a), where p(a) is the mean over b, which stands on this axis.
-    Short texts are likely whatever the picture, plain pictures whatever the text.
+    """log p(a|b) -> log [p(a|b) / p(a)], where p(a) is the mean over b, along `axis`. (Short
+    texts are likely for any picture, and plain pictures for any text.)
 
     >>> surprise(np.log([[0.9, 0.3], [0.3, 0.3]]), 0).round(2).tolist()  # log of 1.5, 1, 0.5, 1
     [[0.41, 0.0], [-0.69, 0.0]]
@@ -345,9 +340,10 @@ def surprise(logprobs, axis):
 
 
 def ranked_first(scores, also):
-    """scores (M, M) of picture i with text j; also (M, M) bool: text j is true of picture i
-    without being its own, and no candidate -> (2, M) bool: is a picture's own text first, and a
-    text's own picture?
+    """Does each picture rank its own text first, and each text its own picture? (2, M) bool.
+
+    scores (M, M) of picture i with text j; also (M, M) bool: text j is true of picture i, though
+    not its own, and so no candidate.
 
     >>> ranked_first(np.array([[0.9, 0.3], [0.95, 0.1]]), np.zeros((2, 2), bool)).tolist()
     [[True, False], [False, False]]
@@ -363,9 +359,10 @@ BATCH = 512, 8192  # rows at once: on a CPU, on a GPU
 
 
 class Evaluator:
-    """A model and what it is asked. split: "val" to choose by, "test" to report; each has its own
-    seed. n: items a metric. With `rewards`, drawings and captions are the best of 8 samples by
-    these (a control that learns nothing). clip: the second CLIP, for the metrics that need it."""
+    """A model, and what it is evaluated on. split: "val" to choose by, "test" to report, each with
+    its own seed. n: items per metric. With `rewards`, drawings and captions are the best of 8
+    samples by them (a control that learns nothing). clip: the second CLIP, where metrics need it.
+    """
 
     choices = 8
 
@@ -380,8 +377,7 @@ class Evaluator:
         return random.Random("/".join(map(str, (self.split, self.seed, self.source.name, *place))))
 
     def examples(self, task, n=None, pool="paired"):
-        """n examples of a task, the same for every model; of a source of real questions at most
-        all."""
+        """n examples of a task, the same for every model; fewer if a source has fewer real ones."""
         rng, n = self.rng(task, pool), n or self.n
         if getattr(self.source, "real_items", False):
             items = self.source.splits[self.split]
@@ -389,42 +385,40 @@ class Evaluator:
         return [self.source.example(rng, task, pool, split=self.split) for _ in range(n)]
 
     def outputs(self, examples, temperature=1.0, group=1, seed=0):
-        """`group` outputs an example, in order: pictures (N, n, S, S, 3) uint8, or a list of N
-        texts."""
+        """`group` outputs per example, in order: pictures (N, n, S, S, 3) uint8, or N texts."""
         if self.rewards and examples[0].task in ("draw", "caption"):
             return self.best_outputs(examples, temperature, group, seed)
         device, task, parts = self.model.head.device, examples[0].task, []
         layout, chance = self.vocab.layout(task, device), torch.Generator(device).manual_seed(seed)
         size = max(BATCH[device.type == "cuda"] // group, 1)
         for start in range(0, len(examples), size):
-            some = examples[start : start + size]
-            prompts = self.vocab.rows(task, some, self.codes(some))
+            batch = examples[start : start + size]
+            prompts = self.vocab.rows(task, batch, self.codes(batch))
             tokens = sample(self.model, layout, prompts, group, chance, temperature)
             parts.append(outputs(layout, tokens, self.vocab, self.codebook))
         return np.concatenate(parts) if layout.draws else list(itertools.chain(*parts))
 
     def codes(self, examples):
-        """The codes (M, P) of all pictures of some examples, on the model's device."""
+        """The codes (M, P) of all pictures of the examples, on the model's device."""
         pictures = torch.as_tensor(pictures_of(examples), device=self.model.head.device)
         return self.codebook.encode(pictures)
 
     def best_outputs(self, examples, temperature, group, seed):
-        """As outputs: each the best of several by the reward. At temperature 0 all were equal: 1
-        then."""
+        """As `outputs`, each the best of several by the reward. At temperature 0 all samples
+        would be equal, so it becomes 1."""
         plain = Evaluator(self.model, self.vocab, self.codebook, self.source, None)
         samples = plain.outputs(examples, temperature or 1.0, group * self.choices, seed)
         repeated, best = [e for e in examples for _ in range(group)], []
         for start in range(0, len(repeated), 128):
-            some, first = repeated[start : start + 128], start * self.choices
-            candidates = samples[first : first + len(some) * self.choices]
+            batch, first = repeated[start : start + 128], start * self.choices
+            candidates = samples[first : first + len(batch) * self.choices]
             rng = random.Random(seed)
-            total, _ = self.rewards(self.source, some[0].task, some, candidates, rng)
+            total, _ = self.rewards(self.source, batch[0].task, batch, candidates, rng)
             best += [first + i * self.choices + j for i, j in enumerate(total.argmax(1).tolist())]
         return samples[best] if isinstance(samples, np.ndarray) else [samples[i] for i in best]
 
     def once(self, function, *args):
-        """function(self, *args), computed at the first call: several metrics see the same
-        drawings."""
+        """function(self, *args), computed only once: several metrics share the same drawings."""
         key = function.__name__, *args
         if key not in self.memory:
             self.memory[key] = function(self, *args)
@@ -432,7 +426,7 @@ class Evaluator:
 
 
 def drawings(e, pool):
-    """(examples, a picture of each at temperature 1)."""
+    """(examples, one drawing of each at temperature 1)."""
     examples = e.examples("draw", 2 * e.n if pool == "paired" else e.n, pool)
     return examples, e.outputs(examples)
 
@@ -445,14 +439,13 @@ def stories(e, pool):
 
 @torch.no_grad()
 def caption_logprobs(e, texts, codes):
-    """log p(text | picture) under the caption task: M texts for each of N pictures, codes (N, P) ->
-    (N, M)."""
+    """log p(text | picture): M captions for each of N pictures, codes (N, P) -> (N, M)."""
     layout, parts = e.vocab.layout("caption", codes.device), []
     rows = e.vocab.rows("caption", [Example("caption", (), "", text) for text in texts], codes[:0])
     picture = (layout.patch >= 0).nonzero()[:, 0]
-    for some in codes.split(max(BATCH[codes.is_cuda] // len(texts), 1)):
-        tokens = rows.repeat(len(some), 1)
-        tokens[:, picture] = (some + e.vocab.n_text).repeat_interleave(len(texts), 0)
+    for chunk in codes.split(max(BATCH[codes.is_cuda] // len(texts), 1)):
+        tokens = rows.repeat(len(chunk), 1)
+        tokens[:, picture] = (chunk + e.vocab.n_text).repeat_interleave(len(texts), 0)
         states, targets, mask = completion(e.model, layout, tokens, len(texts))
         logprobs = selected_logprobs(states, allowed_head(e.model, layout), targets)
         parts.append(torch.where(mask, logprobs, 0.0).sum(1).view(-1, len(texts)).cpu())
@@ -460,8 +453,8 @@ def caption_logprobs(e, texts, codes):
 
 
 def retrievals(e, size=64):
-    """For blocks of 64 candidates, at least n in all: {direction: (2, blocks) float, the share of
-    pictures that find their text, and of texts that find their picture}."""
+    """{direction: (2, blocks) float}: the shares of pictures that find their text, and of texts
+    that find their picture, in blocks of 64 candidates, at least n in all."""
     rng, shares = e.rng("retrieval"), defaultdict(list)
     for _ in range(math.ceil(e.n / size)):
         examples = e.source.hard_negatives(rng, size, e.split)
@@ -472,9 +465,9 @@ def retrievals(e, size=64):
         scores = {"caption": surprise(caption_logprobs(e, texts, codes), 0)}
         scores["draw"] = surprise(drawn.cpu().numpy(), 1)
         scores["both"] = scores["caption"] + scores["draw"]  # (E6)
-        for direction, some in scores.items():
-            shares[direction].append(ranked_first(some, also).mean(1))
-    return {direction: np.stack(some, 1) for direction, some in shares.items()}
+        for direction, matrix in scores.items():
+            shares[direction].append(ranked_first(matrix, also).mean(1))
+    return {direction: np.stack(blocks, 1) for direction, blocks in shares.items()}
 
 
 # ------------------------------------------------ metrics: name -> outcomes of the items
@@ -502,7 +495,7 @@ def drawn_score(e, examples, pictures):
 
 
 def drawn_distance(e, examples, pictures, pool):
-    """The Frechet distance of pictures (N, S, S, 3) from as many other real ones of a pool."""
+    """The Frechet distance of pictures (N, S, S, 3) from as many real ones of a pool."""
     real = pictures_of(e.examples("caption", len(examples), pool))
     return frechet(e.clip.embed_image(pictures).cpu(), e.clip.embed_image(real).cpu())
 
@@ -514,14 +507,13 @@ def scored(e):
 
 @torch.no_grad()
 def distance(e, pool="paired", floor=False):
-    """The Frechet distance of drawings, or, as its floor, of real pictures."""
+    """The Frechet distance of drawings from real pictures; floor: of other real ones instead."""
     examples, pictures = e.once(drawings, pool)
     return drawn_distance(e, examples, pictures_of(examples) if floor else pictures[:, 0], pool)
 
 
 def retrieved(e, way, direction="both"):
-    """(blocks,) float: how often does an item's own partner rank first? way 0: picture -> text, 1:
-    text -> picture."""
+    """(blocks,) float: how often the true partner is first, from picture (way 0) or text (1)."""
     return e.once(retrievals)[direction][way]
 
 
@@ -535,7 +527,7 @@ def storied(e, pool="paired", part="all"):
 
 @torch.no_grad()
 def text_nll(e):
-    """(values, weights): nats a token of each held-out caption, and its number of tokens."""
+    """(values, weights): nats per token of each held-out caption, and its number of tokens."""
     examples, layout = e.examples("text"), e.vocab.layout("text", e.model.head.device)
     rows = e.vocab.rows("text", examples, e.codes(examples))
     states, targets, mask = completion(e.model, layout, rows)
@@ -588,8 +580,7 @@ METRICS = {  # group: {metric: (tasks it needs, function of an Evaluator)}
 
 
 def measure(e, tasks):
-    """Every metric of a model on a source: ({group: {metric: cell or None}}, {metric: outcome of
-    every item})."""
+    """All metrics of a model on a source: ({group: {metric: cell or None}}, {metric: outcomes})."""
     cells, items, pools = {}, {}, e.source.name == "synthetic"
     for group, metrics in METRICS.items():
         cells[group] = dict.fromkeys(metrics)
@@ -608,13 +599,13 @@ def measure(e, tasks):
 # ------------------------------------------------ fronts, and a whole evaluation
 
 TEMPERATURES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-POOLS = ("", "_heldout", "_pairs")  # of a sweep: what metrics of each pool end in
+POOLS = ("", "_heldout", "_pairs")  # of a sweep: suffixes of the metrics of each pool
 
 
 @torch.no_grad()
 def front(e, pool, prompts=128, group=8, temperatures=TEMPERATURES):
-    """A row a temperature: compose, diversity and differ (E2) over prompts x group pictures, and
-    with a second CLIP its score, and frechet."""
+    """One row per temperature: compose, diversity and differ (E2) over prompts x group pictures;
+    with a second CLIP also clip_score and frechet."""
     examples, rows = e.examples("draw", prompts, pool), []
     repeated = [x for x in examples for _ in range(group)]
     for t in temperatures:
@@ -642,9 +633,8 @@ def sweep(e, prompts):
 
 
 def evaluate(test, val, tasks, prompts=128):
-    """All that is measured of one model on one source, by its Evaluators on both splits:
-    {"numbers": {group: {metric: cell}}, "items": {metric: outcomes}, "sweep", "temperature": the
-    best one}."""
+    """Evaluate one model on one source, with an Evaluator for each split -> {"numbers": {group:
+    {metric: cell}}, "items": {metric: outcomes}, "sweep", "temperature": the best one}."""
     cells, items = measure(test, tasks)
     result = {"numbers": cells, "items": items, "sweep": [], "temperature": None}
     if "draw" in tasks:
@@ -658,7 +648,7 @@ def evaluate(test, val, tasks, prompts=128):
 
 
 def merged(models, accuracy):
-    """The part of eval.json of one source, of what `evaluate` gives for base and aligned."""
+    """One source's part of eval.json, from the results of `evaluate` for base and aligned."""
     result = {name: m["numbers"] for name, m in models.items()} | {"judge_accuracy": accuracy}
     drawn = {name: m for name, m in models.items() if m["sweep"]}
     result["sweep"] = {name: m["sweep"] for name, m in drawn.items()}
@@ -670,7 +660,7 @@ def merged(models, accuracy):
 
 
 def show(number):
-    """A cell of eval.json with its interval."""
+    """A cell of eval.json as text, with its interval."""
     if number is None or number["value"] is None:
         return "-"
     interval = f" [{number['low']:.3f}, {number['high']:.3f}]" if number["low"] is not None else ""
@@ -717,7 +707,7 @@ def tables(result):
 
 
 def quality_at(rows, diversity, column="", measure="diversity"):
-    """The best quality a front offers at this diversity or more, linear between two temperatures.
+    """The best quality a front offers at this diversity or more, linear between temperatures.
 
     >>> quality_at([{"compose": 0.9, "diversity": 0.2}, {"compose": 0.7, "diversity": 0.6}], 0.4)
     0.8
@@ -731,7 +721,7 @@ def quality_at(rows, diversity, column="", measure="diversity"):
 
 
 def numbers(result, model):
-    """{metric: value} of one model of one source: at temperature 1, at its best; and its front."""
+    """{metric: value} of a model on a source: at temperature 1, at its best one; and its front."""
     flat = {m: (c or {}).get("value") for group in METRICS for m, c in result[model][group].items()}
     for row in result["sweep"].get(model, ()):
         if row["temperature"] == result["best_temperature"][model]:
@@ -741,7 +731,7 @@ def numbers(result, model):
 
 def front_gap(ours, theirs, column="", measure="diversity", points=21):
     """The mean difference in quality of two fronts, ours - theirs, over the diversities that both
-    reach; None where they share none.
+    reach; None if they share none.
 
     >>> low, high = {"compose": 0.8, "diversity": 0.2}, {"compose": 0.6, "diversity": 0.6}
     >>> front_gap([low | {"compose": 0.9}, high | {"compose": 0.7}], [low, high])
@@ -772,7 +762,7 @@ def differences(ours, theirs):
 
 
 def compare(folders):
-    """Methods side by side as text, a table a data set: mean over seeds with a 95% interval
+    """Methods side by side as text, one table per data set: means over seeds with 95% intervals
     (Student's t), and paired differences to the first method."""
     runs = defaultdict(lambda: defaultdict(dict))  # data set: method: seed: numbers
     for result in map(read_result, folders):
@@ -805,25 +795,25 @@ def comparison(runs):
     return "\n".join(lines)
 
 
-# ------------------------------------------------ a finished run: load it, ask it
+# ------------------------------------------------ a finished run: load it and try it
 
 
 def read_result(folder):
-    """eval.json of a run. ValueError where it is missing or damaged."""
+    """The eval.json of a run. ValueError if it is missing or damaged."""
     path = Path(folder) / "eval.json"
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        tables(result)  # all that is shown of it
+        tables(result)  # raises if anything that we show is missing
         return result
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or repr(error)[:100]
         begun = (Path(folder) / "config.json").is_file()
-        way = f"`python train.py --resume --out {folder}` goes on" if begun else "not a run"
+        way = f"`python train.py --resume --out {folder}` continues it" if begun else "not a run"
         raise ValueError(f"{path}: {reason}; {way}") from error
 
 
 def load_run(folder):
-    """(config dict, codebook, vocab) of a run directory. ValueError if it is none."""
+    """(config dict, codebook, vocab) of a run directory. ValueError if it is not one."""
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -837,7 +827,7 @@ def load_run(folder):
 
 
 def load_weights(module, path):
-    """Read a module's weights; ValueError names what is wrong with the file."""
+    """Load a module's weights from a file; ValueError says what is wrong with it."""
     tensors = load_tensors(path)
     try:
         module.load_state_dict(tensors)
@@ -862,9 +852,8 @@ def load_clip(folder, name, vocab, config, device="cpu"):
 
 
 def load_picture(path):
-    """A picture file -> (S, S, 3) uint8. Upright by its EXIF mark; black behind what is
-    transparent and beside what is not square; averaged down. ValueError for what is no
-    picture."""
+    """Read a picture file -> (S, S, 3) uint8: rotated as EXIF says, scaled down by averaging, with
+    black behind transparency and beside a shape that is not square. ValueError if unreadable."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode.startswith("I"):  # 16 bits of grey
@@ -879,8 +868,7 @@ def load_picture(path):
 
 
 def known_words(text, vocab):
-    """A text as the run has learned to write it: lower case, punctuation apart, or left out where
-    it is unknown."""
+    """A text in the run's spelling: lower case, punctuation split off, and dropped if unknown."""
     words = re.findall(r"[\w'-]+|[^\w\s]", text.lower())
     return " ".join(word for word in words if word in vocab.ids or re.search(r"\w", word))
 
@@ -888,8 +876,8 @@ def known_words(text, vocab):
 def ask(
     folder, task, prompt="", picture=None, name="aligned", temperature=0.0, seed=0, device="cpu"
 ):
-    """What a trained run chooses for one prompt: a picture (S, S, 3) uint8 or a text. ValueError
-    for a task that it has not learned, or a prompt with unknown words or too many."""
+    """A trained run's output for one prompt: a picture (S, S, 3) uint8, or a text. ValueError for
+    a task that it has not learned, or a prompt with unknown or too many words."""
     config, codebook, vocab = load_run(folder)
     if task not in config["tasks"].split(","):
         raise ValueError(f"{folder} has not learned the task {task}; it knows {config['tasks']}")
@@ -907,7 +895,7 @@ def ask(
 
 
 def save_picture(picture, path):
-    """Write a picture, 8 times enlarged. ValueError for a name that no picture format has."""
+    """Write a picture, enlarged 8 times. ValueError if the name has no picture format."""
     Image.init()
     if Image.EXTENSION.get(Path(path).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out {path}: not a format that can be written; name a .png file")
@@ -917,8 +905,7 @@ def save_picture(picture, path):
 
 
 def joined(results, meta):
-    """{source: numbers} and meta as one eval.json: the first source's numbers, and all of
-    several."""
+    """One eval.json: the first source's numbers, those of all sources if several, and meta."""
     first = next(iter(results.values()))
     return first | ({"sources": results} if len(results) > 1 else {}) | {"meta": meta}
 
@@ -927,15 +914,14 @@ def joined(results, meta):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command in one line."""
+    """An argument parser that says what is wrong in one line."""
 
     def error(self, message):
         raise ValueError(f"{message}; see --help")
 
 
 def run_command(program, function):
-    """Call function(); what its user can mend ends in one line and status 2, any other error is
-    ours."""
+    """Call function(). Errors that users can fix end in one line and status 2; others are ours."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a console may have no ±
     try:
@@ -953,18 +939,18 @@ def run_command(program, function):
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(description="The table of a run; a comparison of runs; or a run, asked.")
+    parser = Parser(description="Show the results of a run, compare runs, or try a run.")
     parser.add_argument("--run", metavar="DIR", help="a run directory of train.py")
     job = parser.add_mutually_exclusive_group()
-    job.add_argument("--compare", nargs="+", metavar="DIR", help="runs side by side, over seeds")
+    job.add_argument("--compare", nargs="+", metavar="DIR", help="compare runs, over seeds")
     job.add_argument("--draw", metavar="PROMPT", help="draw this, into --out")
     job.add_argument("--ask", metavar="QUESTION", help="ask this about --image")
-    about = "describe this picture; black stands behind transparency and beside a shape not square"
+    about = "describe this picture; black fills what is transparent, and makes it square"
     job.add_argument("--caption", metavar="FILE", help=about)
-    parser.add_argument("--think", action="store_true", help="let --ask write down its steps first")
-    parser.add_argument("--image", metavar="FILE", help="the picture of --ask")
+    parser.add_argument("--think", action="store_true", help="let --ask write its steps first")
+    parser.add_argument("--image", metavar="FILE", help="the picture for --ask")
     parser.add_argument("--out", metavar="FILE", default="picture.png", help="[%(default)s]")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers of --run there")
+    parser.add_argument("--json", metavar="FILE", help="also write the results of --run here")
     models = ("base", "aligned")
     parser.add_argument("--model", choices=models, default="aligned", help="[%(default)s]")
     parser.add_argument("--temperature", type=float, default=0.5, help="of --draw [%(default)s]")
@@ -974,7 +960,7 @@ def parse_arguments(argv=None):
 
 
 def main(argv=None):
-    """One of the jobs that the top of this file lists."""
+    """Do one of the jobs listed at the top of this file."""
     args = parse_arguments(argv)
     if args.compare:
         return print(compare(args.compare))
@@ -984,19 +970,19 @@ def main(argv=None):
         raise ValueError("say which run: --run DIR, or --compare DIR DIR ...; see --help")
     if args.ask is None and (args.image or args.think):
         raise ValueError("--image and --think belong to --ask")
-    asked = dict(name=args.model, device=pick_device(args.device)[0])
+    common = dict(name=args.model, device=pick_device(args.device)[0])
     if args.draw is not None:
-        how = dict(temperature=args.temperature, seed=args.seed)
-        save_picture(ask(args.run, "draw", args.draw, **how, **asked), args.out)
+        sampling = dict(temperature=args.temperature, seed=args.seed)
+        save_picture(ask(args.run, "draw", args.draw, **sampling, **common), args.out)
         print(f"{args.out}: {args.draw}")
     elif args.caption is not None:
-        print(ask(args.run, "caption", "", load_picture(args.caption), **asked))
+        print(ask(args.run, "caption", "", load_picture(args.caption), **common))
     elif args.ask is not None:
         if not args.image:
             raise ValueError("--ask needs --image FILE")
         tasks = load_run(args.run)[0]["tasks"].split(",")
         task = "multihop" if args.think or "vqa" not in tasks else "vqa"
-        print(ask(args.run, task, args.ask, load_picture(args.image), **asked))
+        print(ask(args.run, task, args.ask, load_picture(args.image), **common))
     else:
         result = read_result(args.run)
         if args.json:
