@@ -10,19 +10,19 @@
   align             the aligned policy, by --method:                               aligned
      lvrpo                GRPO on rewards of its own samples, in both directions
      rejection, dpo       the same samples and rewards, without a policy gradient
-     best_of_n            nothing: the reward chooses among 8 when asked
-     unified, clip, beit  for the same seconds: next tokens; a contrastive, a masked-code loss
-     sft                  for the same seconds: next tokens, clean answers to more such questions
+     best_of_n            nothing: the reward picks the best of 8 at evaluation
+     unified, clip, beit  the same seconds of next tokens; + a contrastive, + a masked-code loss
+     sft                  the same seconds of next tokens, with clean answers to GRPO-like questions
   evaluate          nothing                           test scenes                  eval.json
 
   (T1) L = sum_task weight_task * L_grpo(task) + ptx_coef * L_nexttoken      (as in PPO-ptx)
   (T2) L_nexttoken = - sum_t w_t logprob_t / sum_t w_t,  w_t = TOKEN_WEIGHT of its task
 
-`grpo_step` is the method. All chance in a step comes from a Random that is named by seed, stage,
-step, task and process, so a resumed run needs weights, optimizer state and the step, and then
-equals an uninterrupted one.
+`grpo_step` is the method. All randomness of a step comes from a Random keyed by seed, stage, step,
+task and process. So weights, optimizer state and the step number are enough to resume a run, which
+then equals an uninterrupted one.
 
-    $ python train.py                      # CPU: the `cpu` preset, 8 minutes on a core
+    $ python train.py                      # CPU: the `cpu` preset, 8 minutes on one core
     $ python train.py --device cuda        # one GPU: `gpu`; several: torchrun --nproc_per_node=N
     $ python train.py --method unified --base runs/NAME      # the alternative, from the same base
 """
@@ -98,37 +98,38 @@ class Config:
     preset: str = option("run", "auto", "auto: gpu on CUDA, else cpu", ("auto", *PRESETS))
     device: str = option("run", "auto", "where to compute", ("auto", "cuda", "mps", "cpu"))
     method: str = option("run", "lvrpo", "how the base is aligned", METHODS)
-    tasks: str = option("run", "draw,caption,vqa,multihop,text", "all: story and verify as well")
+    tasks: str = option("run", "draw,caption,vqa,multihop,text", "all: also story and verify")
     out: str = option("run", "", "run directory; empty: runs/METHOD-PRESET-SEED")
     base: str = option("run", "", "take codebook, base policy and CLIPs from this run")
-    resume: bool = option("run", False, "go on with the run in --out")
-    seed: int = option("run", 0, "of weights, scenes and samples")
-    threads: int = option("run", 0, "CPU threads; 0 leaves torch's choice")
+    resume: bool = option("run", False, "resume the run in --out")
+    seed: int = option("run", 0, "seed of weights, scenes and samples")
+    threads: int = option("run", 0, "CPU threads; 0: torch decides")
     compile: bool = option("run", True, "on a GPU: compiled layers, sampling as a CUDA graph")
-    deterministic: bool = option("run", False, "on a GPU: the same numbers every time, slower")
+    deterministic: bool = option("run", False, "on a GPU: repeatable results, but slower")
     data: str = option("data", "synthetic", "comma-separated: synthetic, fashion_mnist, shapes")
     data_dir: str = option("data", "data", "the parent of fashion_mnist/ and shapes/")
     download: bool = option("data", False, "fetch missing data from the official addresses")
-    patch: int = option("data", 8, "pixels of a patch: 8 is 16 codes, 4 is 64", (4, 8, 16))
-    jitter: int = option("data", 0, "pixels an object may be off its place", (0, 1))
-    width: int = option("policy", 96, "of the residual stream")
+    patch: int = option("data", 8, "side of a patch in pixels: 8 is 16 codes, 4 is 64", (4, 8, 16))
+    jitter: int = option("data", 0, "largest shift of an object in pixels", (0, 1))
+    width: int = option("policy", 96, "width of the residual stream")
     layers: int = option("policy", 4, "transformer blocks")
     heads: int = option("policy", 4, "attention heads")
     pretrain_steps: int = option("pre-training", 1000, "next-token steps of the base")
-    batch: int = option("pre-training", 64, "rows a step")
+    batch: int = option("pre-training", 64, "rows per step")
     lr: float = option("pre-training", 4e-3, "peak; 30 steps of warm-up, decay in the last 40%")
-    extra_steps: int = option("pre-training", 0, "of next-token methods; 0: what fits the seconds")
-    clip_steps: int = option("reward", 400, "of the reward's CLIP; two fifths for the second one")
-    clip_batch: int = option("reward", 64, "pairs a step")
-    clip_width: int = option("reward", 64, "of the encoders")
-    reward: str = option("reward", "rule", "CLIP score, learned preferences, both", tuple(MIXES))
-    contrast: float = option("reward", 0.5, "share of the base's likelihood contrast, in drawings")
-    rarity: float = option("reward", 0.3, "a drawing that n of its group share loses this x log n")
-    preference_steps: int = option("reward", 500, "of the preference model")
-    grpo_steps: int = option("GRPO", 60, "each samples, rewards and learns")
-    prompts: int = option("GRPO", 16, "prompts to draw a step; of other tasks see GRPO_TASKS")
-    group_size: int = option("GRPO", 8, "candidates a prompt")
-    epochs: int = option("GRPO", 1, "passes over a rollout: with more than one the clipping acts")
+    extra_steps: int = option("pre-training", 0, "steps of next-token methods; 0: as many as fit "
+                              "the seconds of LVRPO")
+    clip_steps: int = option("reward", 400, "steps of the reward's CLIP; the second gets 2/5")
+    clip_batch: int = option("reward", 64, "pairs per step")
+    clip_width: int = option("reward", 64, "width of the encoders")
+    reward: str = option("reward", "rule", "CLIP score, learned preferences or both", tuple(MIXES))
+    contrast: float = option("reward", 0.5, "weight of the base's likelihood contrast, in drawings")
+    rarity: float = option("reward", 0.3, "a drawing found n times in its group loses this x log n")
+    preference_steps: int = option("reward", 500, "steps of the preference model")
+    grpo_steps: int = option("GRPO", 60, "steps; each samples, rewards and updates")
+    prompts: int = option("GRPO", 16, "drawing prompts per step; other tasks: see GRPO_TASKS")
+    group_size: int = option("GRPO", 8, "candidates per prompt")
+    epochs: int = option("GRPO", 1, "passes over a rollout; clipping acts from the second on")
     grpo_lr: float = option("GRPO", 2e-3, "peak learning rate")
     kl_coef: float = option("GRPO", 0.02, "weight of the KL penalty to the frozen base")
     clip_low: float = option("GRPO", 0.2, "the ratio is clipped below 1 - this")
@@ -137,36 +138,36 @@ class Config:
     advantage: str = option("GRPO", "mean", "reward - group mean, win rate, or part by part",
                             ("mean", "pairwise", "parts"))
     reduction: str = option("GRPO", "token", "average of losses", ("token", "sequence", "constant"))
-    level: str = option("GRPO", "token", "one ratio a token or a sequence", ("token", "sequence"))
+    level: str = option("GRPO", "token", "one ratio per token or sequence", ("token", "sequence"))
     ptx_coef: float = option("GRPO", 2.0, "weight of the pre-training loss kept in the step")
-    ptx_batch: int = option("GRPO", 256, "its rows a step")
-    temperature: float = option("GRPO", 1.0, "of rollouts")
-    max_kl: float = option("GRPO", 2.0, "stop when the KL a token passes this for five steps")
-    eval_items: int = option("evaluation", 512, "test items a metric")
-    eval_prompts: int = option("evaluation", 48, "prompts a front, 8 pictures each")
+    ptx_batch: int = option("GRPO", 256, "its rows per step")
+    temperature: float = option("GRPO", 1.0, "temperature of rollouts")
+    max_kl: float = option("GRPO", 2.0, "stop when the KL per token exceeds this for five steps")
+    eval_items: int = option("evaluation", 512, "test items per metric")
+    eval_prompts: int = option("evaluation", 48, "prompts per front, 8 pictures each")
 
 
 TASK_MIX = {"draw": 4, "caption": 2, "vqa": 6, "multihop": 1, "text": 1, "story": 2, "verify": 4}
 TOKEN_WEIGHT = {"draw": 1.5, "vqa": 4.0, "verify": 4.0, "story": 1.5}  # an answer is one word
-# Share of drawings without words (half of three objects) and of captions without a picture (all of
-# three): they are cheap, and let a policy sample what no pair ever showed it.
+# Share of drawings without a text (half with three objects) and of captions without a picture (all
+# with three): they are cheap, and let a policy sample what no pair ever showed it.
 ALONE = 0.35
-# Share of a baseline's unpaired rows that are prompts of GRPO, see `prompts_shown`.
+# Share of a baseline's unpaired rows that come from the prompts of GRPO, see `prompts_shown`.
 SHOWN = 0.5
-# Task: weight of its loss; prompts sampled and kept, as shares of --prompts. The kept ones have the
-# widest spread of rewards. A picture's reward is spread over many tokens, an answer's over two.
+# Task: weight of its loss; prompts sampled and prompts kept, as multiples of --prompts. Kept ones
+# have the widest spread of rewards. A picture's reward covers many tokens, an answer's only two.
 GRPO_TASKS = {
     "draw": (2.0, 1, 1), "caption": (0.5, 2, 1), "vqa": (1.0, 4, 2), "multihop": (1.0, 3, 1),
     "verify": (0.5, 2, 0.5), "story": (2.0, 0.5, 0.5),
 }  # fmt: skip
-ANSWERED = ("vqa", "multihop", "verify")  # tasks whose reward is a key
+ANSWERED = ("vqa", "multihop", "verify")  # tasks whose reward compares with a key
 MAY_BE_ZERO = ("seed", "threads", "extra_steps", "kl_coef", "ptx_coef", "contrast", "rarity")
 MOST_CODES, CLIP_EDITS, REWARD_LR, PAIRS = 1024, 4, 3e-3, 32
 
 
 def parse_flags(argv=None):
     """Command line -> Config: a preset's values, overridden by every flag that was given."""
-    parser = evaluation.Parser(description="Train, align and evaluate; everything lands in --out.")
+    parser = evaluation.Parser(description="Train, align and evaluate; everything goes to --out.")
     groups = {}
     for f in dataclasses.fields(Config):
         name = f.metadata["group"]
@@ -182,8 +183,7 @@ def parse_flags(argv=None):
 
 
 def resumed(given):
-    """The Config of the run that goes on. Where and how it runs may change; ValueError for the
-    rest."""
+    """The Config of a run to resume: flags on where and how it runs may change, others may not."""
     config = make_config(**given)
     path = Path(config.out) / "config.json"
     if not path.is_file():
@@ -197,13 +197,12 @@ def resumed(given):
     for name in set(given) - set(free):
         if getattr(config, name) != stored[name]:
             flag = f"--{name.replace('_', '-')} {given[name]}"
-            raise ValueError(f"{flag}: the run in {config.out} has {stored[name]}; leave it out")
+            raise ValueError(f"{flag}: the run in {config.out} has {stored[name]}; omit it")
     return Config(**stored | {k: v for k, v in given.items() if k in free} | {"out": config.out})
 
 
 def make_config(**given):
-    """A checked Config from keyword arguments. ValueError names a value that cannot work, and
-    what can."""
+    """A checked Config from keyword arguments. ValueError names an illegal value and what works."""
     preset = given.get("preset", "auto")
     if preset == "auto":
         preset = "gpu" if pick_device(given.get("device", "auto"))[0].type == "cuda" else "cpu"
@@ -250,7 +249,7 @@ def make_config(**given):
 
 
 class Stopped(BaseException):
-    """Training ended early, for a reason the message tells. No handler of errors may swallow it."""
+    """Training ended early; the message says why. No handler of errors may swallow it."""
 
     def __init__(self, message, status=1):
         super().__init__(message)
@@ -261,21 +260,21 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 
 
 class Run:
-    """Configuration, device, data and folder of a run; codebook and words once they are there."""
+    """Configuration, device, data and folder of a run; codebook and words once they exist."""
 
     def __init__(self, config):
         self.config, self.folder = config, Path(config.out)
         if config.threads:
             torch.set_num_threads(config.threads)
         if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA asks for it
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA requires it
             torch.use_deterministic_algorithms(True)
         self.device, self.dtype, self.reason = pick_device(config.device)
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where bfloat16 is not used
         self.sources = make_sources(config.data, config.data_dir, config.jitter, config.download)
         self.judges, self.graphs = {}, {}
-        self.learning, self.interrupted = False, None  # is a step running? the number of a signal
+        self.learning, self.interrupted = False, None  # is a stage training? which signal came?
 
     def load_tokens(self):
         _, self.codebook, self.vocab = evaluation.load_run(self.folder)
@@ -290,7 +289,7 @@ class Run:
         return [source for source in self.sources if set(tasks) & set(self.tasks(source))]
 
     def rng(self, *place):
-        """The chance of a place, such as a stage and its step: the same whatever ran before."""
+        """The Random of a place, such as a stage and a step: the same whatever ran before."""
         return random.Random("/".join(map(str, (self.config.seed, *place))))
 
     def generator(self, rng):
@@ -303,7 +302,7 @@ class Run:
         return torch.autocast(self.device.type, self.dtype)
 
     def codes(self, examples):
-        """The codes (M, P) of all pictures of some examples, on the device."""
+        """The codes (M, P) of all pictures of the examples, on the device."""
         return self.codebook.encode(moved(torch.from_numpy(pictures_of(examples)), self.device))
 
     def rows(self, task, examples):
@@ -323,7 +322,7 @@ class Run:
         return model
 
     def rewards(self, mix):
-        """The rewards of a mix, by the networks of this run."""
+        """The Rewards of a mix, with the networks of this run."""
         c, clip, preference = self.config, None, None
         if self.sources_of("draw", "caption", "story"):
             clip = evaluation.load_clip(self.folder, "clip", self.vocab, vars(c), self.device)
@@ -336,12 +335,12 @@ class Run:
         return Rewards(clip, self.vocab, preference, MIXES[mix], *drawings)
 
     def evaluator(self, model, source, split="val", seed=None, rewards=None):
-        """A model that can be asked and judged, on scenes of a split."""
+        """An Evaluator of a model, on the scenes of a split."""
         if source.name not in self.judges:
             self.judges[source.name] = evaluation.judge_of(source)
         seed, judge = self.config.seed if seed is None else seed, self.judges[source.name]
-        how = split, seed, self.config.eval_items, rewards
-        return evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, *how)
+        settings = split, seed, self.config.eval_items, rewards
+        return evaluation.Evaluator(model, self.vocab, self.codebook, source, judge, *settings)
 
 
 def write_json(path, value):
@@ -358,8 +357,8 @@ def read_log(path):
 
 
 class Log:
-    """metrics.csv, a row a step, reproducible; or timing.csv, which is not. Opened at a step of a
-    stage, it drops the stage's later rows: they are made again."""
+    """metrics.csv, one row per step, reproducible; or timing.csv, which is not. Opened at a step of
+    a stage, it drops the stage's later rows, which will be written again."""
 
     def __init__(self, run, name, stage, step):
         self.path, self.stage = run.folder / f"{name}.csv", stage
@@ -389,9 +388,8 @@ class Log:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal: all directions of a matrix get an equal share of the step.
-    Source: K. Jordan et al., Muon (2024). torch.optim.Muon takes bfloat16, which is slow on many
-    CPUs."""
+    """Orthogonalized momentum: all directions of a matrix get an equal share of the step. Source:
+    K. Jordan et al., Muon (2024). torch.optim.Muon uses bfloat16, which is slow on many CPUs."""
 
     def __init__(self, params, lr, momentum=0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})
@@ -400,14 +398,14 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """Move every weight that has a gradient."""
         for group in self.param_groups:
-            alike = defaultdict(list)  # matrices of one shape are taken together, short side first
+            by_shape = defaultdict(list)  # matrices of one shape form a batch, short side first
             for p in (p for p in group["params"] if p.grad is not None):
                 mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 mean.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(mean, group["momentum"])  # Nesterov's look ahead
+                update = p.grad.lerp(mean, group["momentum"])  # Nesterov's look-ahead
                 wide = p.shape[0] <= p.shape[1]
-                alike[tuple(sorted(p.shape))].append((p, update if wide else update.T))
-            for shape, pairs in alike.items():
+                by_shape[tuple(sorted(p.shape))].append((p, update if wide else update.T))
+            for shape, pairs in by_shape.items():
                 x = torch.stack([update for _, update in pairs])
                 x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
                 for _ in range(5):  # Newton-Schulz: every singular value goes to about 1
@@ -429,8 +427,7 @@ def make_optimizers(model, lr):
 
 
 def schedule(step, steps, warmup=30, decay=0.4):
-    """Share of the peak learning rate: linear up (over a tenth of a short run), flat, linear down
-    to 0.
+    """Share of the peak learning rate: linear warm-up (a tenth of a short run), flat, linear decay.
 
     >>> [round(schedule(step, 100), 2) for step in (0, 9, 50, 80, 99)]
     [0.1, 1.0, 1.0, 0.5, 0.03]
@@ -439,7 +436,7 @@ def schedule(step, steps, warmup=30, decay=0.4):
 
 
 def save_state(model, optimizers, progress, path):
-    """Weights, optimizer state and progress, a list of integers, in one .safetensors file."""
+    """Write weights, optimizer state and progress, a list of integers, to one .safetensors file."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors["progress"] = torch.tensor(progress)
     for i, optimizer in enumerate(optimizers):
@@ -479,7 +476,7 @@ class Updater:
         self.model.zero_grad()
         loss.backward()
         weights = [p for p in self.model.parameters() if p.grad is not None]
-        if WORLD_SIZE > 1:  # every process has its own data: the mean of all gradients
+        if WORLD_SIZE > 1:  # processes have different data: average the gradients
             for p in weights:
                 torch.distributed.all_reduce(p.grad)
                 p.grad /= WORLD_SIZE
@@ -494,24 +491,24 @@ class Updater:
 
 
 def as_floats(row):
-    """{name: float} of numbers and tensors: one wait for the device, whatever their number."""
-    there = [name for name, v in row.items() if torch.is_tensor(v) and v.device.type != "cpu"]
-    values = torch.stack([row[name].detach().float() for name in there]).tolist() if there else []
-    return {name: float(v) for name, v in (row | dict(zip(there, values))).items()}
+    """{name: float} of numbers and tensors, with a single wait for the device."""
+    remote = [name for name, v in row.items() if torch.is_tensor(v) and v.device.type != "cpu"]
+    values = torch.stack([row[name].detach().float() for name in remote]).tolist() if remote else []
+    return {name: float(v) for name, v in (row | dict(zip(remote, values))).items()}
 
 
-SAVE_SECONDS = 60  # between two states of a stage: what a crash costs
+SAVE_SECONDS = 60  # between two checkpoints of a stage: the most that a crash costs
 
 
 def fit(run, stage, model, steps, lr, step_of, after=None):
-    """Train `model`: step_of(step, update) takes a step and returns its row of the log;
-    after(step) adds columns to it. Resumes, logs, guards, saves."""
+    """Train `model`, and resume, log, check and save. step_of(step, update) takes a step and
+    returns its row of the log; after(step) adds columns to it."""
     update, path = Updater(stage, model, lr), run.folder / f"state_{stage}.safetensors"
-    first, far = 0, 0  # far: steps on end whose KL was out of range
+    first, far = 0, 0  # far: consecutive steps whose KL was out of range
     if path.exists():
         first, far, update.skipped = load_state(model, update.optimizers, path)
-        print(f"{stage}: goes on at step {first}")
-    pace = 1 if sys.stderr.isatty() else 15  # seconds between two states of the bar
+        print(f"{stage}: resumes at step {first}")
+    pace = 1 if sys.stderr.isatty() else 15  # seconds between updates of the bar
     bar = tqdm(range(first, steps), stage, steps, initial=first, mininterval=pace,
                dynamic_ncols=True, disable=RANK > 0)
     run.learning, saved = True, time.monotonic()
@@ -527,7 +524,7 @@ def fit(run, stage, model, steps, lr, step_of, after=None):
             too_far = [k for k, v in row.items() if k[:3] == "kl_" and not v <= run.config.max_kl]
             far = far + 1 if too_far else 0
             if far == 5:
-                reason = f"{stage}: {too_far[0]} passed {run.config.max_kl} five steps on end"
+                reason = f"{stage}: {too_far[0]} passed {run.config.max_kl} five steps in a row"
                 raise Stopped(f"{reason}; raise --kl-coef or lower --grpo-lr")
             if run.interrupted or time.monotonic() - saved > SAVE_SECONDS:
                 metrics.write()  # before the state: rows that are ahead of it are made again
@@ -541,7 +538,7 @@ def fit(run, stage, model, steps, lr, step_of, after=None):
 
 
 def go_on(run):
-    """How to go on with a run, as a line for a shell."""
+    """The shell command that resumes a run."""
     words = ["python", sys.argv[0], "--resume", "--out", str(run.folder)]
     return f"go on with: {shlex.join(words)}"
 
@@ -550,7 +547,7 @@ def go_on(run):
 
 
 def fit_codebook(run):
-    """Patches and words of all data sets."""
+    """Fit the codebook and the vocabulary on all data sets."""
     c, rng, examples = run.config, run.rng("codebook"), []
     for source in run.sources:
         task = next(t for t in ("caption", "vqa", "verify") if t in source.tasks)
@@ -566,9 +563,10 @@ def fit_codebook(run):
 
 
 def pretraining_examples(run, rng, n, method="pretrain", also=None):
-    """n examples by TASK_MIX: {task: [(example, is its prompt dropped?)]}. also: `prompts_shown`,
-    which replace a random share SHOWN of the rows of their task that are no pair. sft, a control,
-    has clean answers to questions like GRPO's in all rows that ask."""
+    """n examples by TASK_MIX: {task: [(example, is its prompt dropped?)]}.
+
+    also: `prompts_shown`, which replace a share SHOWN of the unpaired rows of their task. The
+    control sft has clean answers to questions like GRPO's in all rows with questions."""
     by_task, also, mixes = {}, also or {}, {}
     for source in run.sources:
         mix = getattr(source, "mix", TASK_MIX)
@@ -590,10 +588,11 @@ def pretraining_examples(run, rng, n, method="pretrain", also=None):
 
 
 def prompts_shown(run):
-    """The prompts that GRPO with this configuration takes, stories apart, as next tokens can learn
-    them: {task: examples}. The texts to draw, without a picture; the pictures to describe, without
-    a text; and the questions with their answers. Those of two hops are answered at once, as vqa: in
-    the place of thoughts, bare answers were no better (results/choices.md)."""
+    """GRPO's prompts in this configuration, except stories, as next-token data: {task: examples}.
+
+    Texts to draw have no picture, pictures to describe have no text, and questions have their
+    answers. Two-hop questions are answered at once, as vqa: bare answers in the place of thoughts
+    were no better (results/choices.md)."""
     shown = defaultdict(list)
     for step, task in itertools.product(range(run.config.grpo_steps), GRPO_TASKS):
         if not run.sources_of(task):
@@ -611,9 +610,9 @@ def prompts_shown(run):
 
 
 def next_token_loss(run, model, by_task):
-    """(T2) of what `pretraining_examples` gives, and the number of tokens. Tasks that choose from
-    the same ids, words or codes, are scored together."""
-    alike, total, weights, count = defaultdict(list), 0.0, 0.0, 0
+    """(T2) of `pretraining_examples`, and the number of tokens. Tasks that choose from the same
+    ids (words or codes) are scored together."""
+    by_ids, total, weights, count = defaultdict(list), 0.0, 0.0, 0
     for task, pairs in by_task.items():
         layout = run.vocab.layout(task, run.device)
         alone = moved(torch.tensor([alone for _, alone in pairs]), run.device)
@@ -621,9 +620,9 @@ def next_token_loss(run, model, by_task):
         with run.autocast():
             states, targets, mask = completion(model, layout, tokens)
         weight = TOKEN_WEIGHT.get(task, 1.0) * mask
-        alike[layout.draws].append([x.flatten(0, 1) for x in (states, targets, weight)])
+        by_ids[layout.draws].append([x.flatten(0, 1) for x in (states, targets, weight)])
         count = count + mask.sum()
-    for draws, parts in alike.items():
+    for draws, parts in by_ids.items():
         layout = run.vocab.layout("draw" if draws else "text", run.device)
         states, targets, weight = map(torch.cat, zip(*parts))
         logprobs = selected_logprobs(states[None], allowed_head(model, layout), targets[None])[0]
@@ -632,16 +631,16 @@ def next_token_loss(run, model, by_task):
     return total / weights, count  # (T2)
 
 
-OBJECTIVES = {"clip": contrastive_loss, "beit": masked_code_loss}  # beside the next token
+OBJECTIVES = {"clip": contrastive_loss, "beit": masked_code_loss}  # added to next tokens
 OBJECTIVE_WEIGHT = 0.5
-BASELINES = ("unified", "clip", "beit")  # these also see what GRPO's prompts show, see SHOWN
-NEXT_TOKEN = (*BASELINES, "sft")  # methods that go on with pre-training's loss
+BASELINES = ("unified", "clip", "beit")  # these also learn from GRPO's prompts, see SHOWN
+NEXT_TOKEN = (*BASELINES, "sft")  # methods that continue with the pre-training loss
 
 
 def next_token_step(run, model, stage, method="pretrain"):
     """step_of for fit: (T2) of one batch, and a baseline's objective on its pictures with texts."""
     also = prompts_shown(run) if method in BASELINES else {}
-    shown = {id(example) for some in also.values() for example in some}
+    shown = {id(example) for examples in also.values() for example in examples}
 
     def step_of(step, update):
         """One batch of rows."""
@@ -651,19 +650,19 @@ def next_token_step(run, model, stage, method="pretrain"):
         pairs = by_task.get("draw", []) + by_task.get("caption", [])
         paired = [example for example, alone in pairs if not alone]
         if method in OBJECTIVES and paired:
-            torch.manual_seed(rng.getrandbits(60))  # of the codes that are hidden
+            torch.manual_seed(rng.getrandbits(60))  # picks the codes to hide
             with run.autocast():
                 objective = OBJECTIVES[method](model, run.vocab, paired, run.codes(paired))
             loss = loss + OBJECTIVE_WEIGHT * objective
-        asked = [example for task in ANSWERED for example, _ in by_task.get(task, ())]
-        labels = sum(method == "sft" or id(example) in shown for example in asked)
+        questions = [example for task in ANSWERED for example, _ in by_task.get(task, ())]
+        labels = sum(method == "sft" or id(example) in shown for example in questions)
         return update(loss) | {"tokens": tokens, "labels": labels}
 
     return step_of
 
 
 def pretrain(run):
-    """The base policy, on noisy pairs."""
+    """Train the base policy on noisy pairs."""
     c, model = run.config, run.policy()
     fit(run, "pretrain", model, c.pretrain_steps, c.lr, next_token_step(run, model, "pretrain"))
     save_tensors(model.state_dict(), run.folder / "base.safetensors")
@@ -673,21 +672,20 @@ def pretrain(run):
 
 
 def train_clip(run):
-    """The reward's CLIP on noisy pairs; a second one, on clean pairs of all pools, only reports."""
+    """Train the reward's CLIP on noisy pairs, and one for reports on clean pairs of all pools."""
     sources, steps = run.sources_of("draw", "caption", "story"), run.config.clip_steps
     if sources:
-        every, fewer = ("paired", "prompted", "three", "heldout"), steps * 2 // 5
+        all_pools, fewer = ("paired", "prompted", "three", "heldout"), steps * 2 // 5
         fit_clip(run, "clip", sources, steps, NOISE, ("paired",), held_out=True, longest=2)
-        fit_clip(run, "clip_report", sources, fewer, None, every, held_out=False, longest=3)
+        fit_clip(run, "clip_report", sources, fewer, None, all_pools, held_out=False, longest=3)
     write_json(run.folder / "reward_validity.json", check_reward(run, "rule") if sources else {})
 
 
 def fit_clip(run, stage, sources, steps, noise, pools, held_out, longest):
-    """One CLIP, on pairs of these pools. held_out, longest: of its false edits, see
-    World.negatives."""
+    """Train a CLIP on pairs of these pools. For held_out and longest see World.negatives."""
     c, path = run.config, run.folder / f"{stage}.safetensors"
     if path.exists():
-        return  # an interrupted stage goes on with the second
+        return  # an interrupted stage continues with the second one
     torch.manual_seed(run.rng(stage).getrandbits(60))
     clip = CLIP(run.vocab.n_text, c.patch, width=c.clip_width).to(run.device)
 
@@ -702,7 +700,7 @@ def fit_clip(run, stage, sources, steps, noise, pools, held_out, longest):
             edits += false + [rng.choice(false) for _ in range(CLIP_EDITS - len(false))]
             pictures.append(picture)
             texts.append(text)
-        ids, edited = (text_ids(run.vocab, some, run.device) for some in (texts, edits))
+        ids, edited = (text_ids(run.vocab, batch, run.device) for batch in (texts, edits))
         with run.autocast():
             loss, r1 = clip_loss(clip, np.stack(pictures), ids, edited)
         return update(loss) | {"r1": r1}
@@ -712,11 +710,10 @@ def fit_clip(run, stage, sources, steps, noise, pools, held_out, longest):
 
 
 def check_reward(run, mix, name="base", prompts=48, group=8, least=5):
-    """Validity: does a mix of rewards rank a model's own drawings as the judge does, before RL
-    and after? On validation prompts, and by kind of fault where `least` drawings have only that
-    one."""
+    """Reward validity: does a mix rank a model's own drawings as the judge does, before and after
+    RL? On validation prompts; also per kind of fault that is the only one in `least` drawings."""
     model, rewards, shares = run.policy(name), run.rewards(mix), {}
-    rewards.rarity = 0.0  # which says nothing of right and wrong
+    rewards.rarity = 0.0  # rarity says nothing about right and wrong
     for source in run.sources_of("draw"):
         e = run.evaluator(model, source)
         for pool in [p for p in ("compose", "compose_heldout") if p in e.judge.pools]:
@@ -731,20 +728,19 @@ def check_reward(run, mix, name="base", prompts=48, group=8, least=5):
                 if int(only.sum()) >= least:
                     shares[f"{source.name} {pool} {kind}"] = agreement(reward, right, only)
     shares = {k: round(v, 3) for k, v in shares.items() if v == v}
-    print(f"pairs of (right, wrong) drawings by {name} in the {mix} reward's order: {shares}")
+    print(f"{mix} reward: share of (right, wrong) drawings of {name} ranked correctly: {shares}")
     return shares
 
 
 def train_preference(run):
-    """The preference model, on pairs made by edits and on ranked pairs of the base's own
-    samples."""
+    """Train the preference model on edited pairs and on ranked samples of the base."""
     c, sources = run.config, run.sources_of("draw", "caption")
     torch.manual_seed(run.rng("preference").getrandbits(60))
     model = PreferenceModel(run.vocab.n_text, c.patch, width=c.clip_width).to(run.device)
     ranked = ranked_samples(run, sources)
 
     def step_of(step, update):
-        """Preference pairs, half of them made, half sampled."""
+        """One batch of preference pairs, half edited, half sampled."""
         rng = run.rng("preference", step, RANK)
         own = rng.sample(ranked, min(PAIRS // 2, len(ranked)))
         pairs = own + make_pairs(rng.choice(sources), rng, PAIRS - len(own))
@@ -761,7 +757,7 @@ def train_preference(run):
     for source in sources:
         held_out = make_pairs(source, run.rng("held-out pairs"), 1024, noise=None, split="val")
         validity[source.name] = pair_accuracy(model, run.vocab, held_out)
-        print(f"{source.name}, held-out pairs in order: {validity[source.name]}")
+        print(f"{source.name}, held-out pairs ranked correctly: {validity[source.name]}")
     write_json(run.folder / "preference_validity.json", validity)
 
 
@@ -790,7 +786,7 @@ def ranked_samples(run, sources, prompts=96, group=8, margin=1.0, most=20000):
 
 @dataclass
 class Rollout:
-    """Groups of one task, sampled and rewarded: what every pass over them needs."""
+    """Sampled and rewarded groups of one task: everything a pass over them needs."""
 
     task: str
     layout: Layout
@@ -839,7 +835,7 @@ def grpo_step(run, policy, reference, reward, step, update):
                     r.states, _, _ = completion(policy, r.layout, r.tokens, c.group_size)
             loss, metrics = policy_loss(c, policy, r)
             if "kl" in metrics:
-                metrics["k3"] = metrics.pop("kl")  # sampled; kl_TASK is exact
+                metrics["k3"] = metrics.pop("kl")  # an estimate from samples; kl_TASK is exact
             losses[r.task] = GRPO_TASKS[r.task][0] * loss
             row |= {f"{name}_{r.task}": value for name, value in metrics.items()}
         if c.ptx_coef:
@@ -869,15 +865,15 @@ def grpo_prompts(run, rng, task):
 
 
 def reward_columns(task, rewards, parts):
-    """What the log keeps of the rewards (B, G) of all that was sampled."""
+    """Columns of the log on the rewards (B, G) of all sampled candidates."""
     equal = rewards.amax(1) - rewards.amin(1) < 1e-6
     row = {f"reward_{task}": rewards.mean(), f"zero_spread_{task}": equal.float().mean()}
     return row | {f"{task}_{name}": value.mean() for name, value in parts.items()}
 
 
 def most_informative(run, task, tokens, rewards, parts):
-    """The prompts whose rewards have the widest spread, as many as GRPO_TASKS keeps: a group of
-    equal candidates teaches nothing. (After DAPO, arXiv:2503.14476, which samples on instead.)"""
+    """Keep the prompts with the widest spread of rewards, as many as GRPO_TASKS says: equal rewards
+    are uninformative. (After DAPO, arXiv:2503.14476, which samples more prompts instead.)"""
     keep = max(round(run.config.prompts * GRPO_TASKS[task][2]), 1)
     spread = rewards.amax(1) - rewards.amin(1)
     best = spread.topk(min(keep, len(spread))).indices.sort().values
@@ -886,8 +882,8 @@ def most_informative(run, task, tokens, rewards, parts):
 
 
 def advantages_of(c, rewards, parts, weights):
-    """(N,) advantages by --advantage, and for mean by --scale; not finite, for a skipped step, if a
-    reward is not."""
+    """(N,) advantages by --advantage, for mean also --scale. All NaN if any reward is not finite,
+    so that the step is skipped."""
     if not rewards.isfinite().all():
         return torch.full_like(rewards, math.nan).flatten()
     if c.advantage == "mean":
@@ -897,11 +893,11 @@ def advantages_of(c, rewards, parts, weights):
     return combine_rewards(parts, {k: weights[k] for k in parts}, "normalize_then_sum").flatten()
 
 
-CONTROLS = {"rejection": rejection_loss, "dpo": dpo_loss}  # of the same samples and rewards
+CONTROLS = {"rejection": rejection_loss, "dpo": dpo_loss}  # on the same samples and rewards
 
 
 def policy_loss(c, policy, r):
-    """The loss of a Rollout under the policy that gave its states, and metrics. On CUDA log-probs
+    """The loss and metrics of a Rollout; `policy` must have computed r.states. On CUDA, log-probs
     and objective are one compiled pass; kernels.py checks that both ways agree."""
     head = allowed_head(policy, r.layout)
     before = r.old_logprobs, r.ref_logprobs, r.advantages, r.mask
@@ -917,7 +913,7 @@ def policy_loss(c, policy, r):
 
 
 def align(run):
-    """The aligned policy, by --method."""
+    """Train the aligned policy by --method."""
     c, policy = run.config, run.policy("base")
     if c.method in ("lvrpo", *CONTROLS):
         reference, reward = run.policy("base").requires_grad_(False), run.rewards(c.reward)
@@ -933,7 +929,7 @@ def align(run):
 
 
 def slowness(run):
-    """How much slower a step of this method is than a plain one, here and now: medians in turns."""
+    """How many times slower a step of this method is than a plain one: medians, timed in turns."""
     method, policy, seconds = run.config.method, run.policy("base"), defaultdict(list)
     update = Updater("timing", policy, 0.0)
     steps_of = {m: next_token_step(run, policy, "timing", m) for m in ("unified", method)}
@@ -946,11 +942,11 @@ def slowness(run):
 
 def fitting_steps(run):
     """How many steps of a next-token method fit the seconds that rewards and alignment took in
-    the base run, by that run's own seconds a step."""
+    the base run, by that run's own seconds per step."""
     c, spent = run.config, stage_seconds(Path(run.config.base))
     budget = sum(spent.get(stage, 0.0) for stage in ("clip", "preference", "align"))
     steps = budget / spent["pretrain"] * c.pretrain_steps
-    if c.method in OBJECTIVES:  # the others differ from pre-training in data alone
+    if c.method in OBJECTIVES:  # the others differ from pre-training only in data
         steps /= slowness(run)
     steps = torch.tensor(steps, device=run.device)
     if WORLD_SIZE > 1:  # clocks differ; the number of steps must not
@@ -969,12 +965,12 @@ def stage_seconds(folder):
     return {stage: round(seconds, 1) for stage, seconds in spent.items()}
 
 
-# ------------------------------------------------ looking at it
+# ------------------------------------------------ looking at samples
 
 
 def draw_samples(run, model, name, per_prompt=6, rewards=None):
-    """samples/NAME.png: the same prompts from the same noise, whatever the model. Returns its rows:
-    [(prompt, pictures, right)]. With rewards each picture is the best of several."""
+    """Write samples/NAME.png, from the same prompts and noise for every model. Returns its rows,
+    [(prompt, pictures, right)]. With rewards, each picture is the best of several."""
     rows = []
     for source in run.sources_of("draw"):
         e = run.evaluator(model, source, seed=1, rewards=rewards)
@@ -992,7 +988,7 @@ def draw_samples(run, model, name, per_prompt=6, rewards=None):
 
 
 def contact_sheet(rows, zoom=2, words=330):
-    """One line a prompt: its words, then its pictures, framed green where right, else red."""
+    """One row per prompt: its words, then its pictures, framed in green if right, else in red."""
     size = 32 * zoom + 6
     columns = max(len(pictures) for _, pictures, _ in rows)
     sheet = Image.new("RGB", (words + size * columns, size * len(rows)), "white")
@@ -1009,11 +1005,11 @@ def contact_sheet(rows, zoom=2, words=330):
 
 
 def watcher(run, model, every=20, prompts=32, group=4):
-    """after(step) for fit: every so often the judge's score and diversity on validation prompts
-    (logged, never used), and sample pictures."""
+    """after(step) for fit: every so often, the judge's score and diversity on validation prompts
+    (logged, never used) and sample pictures."""
 
     def watch(step):
-        """{column: value}, {} between two looks."""
+        """{column: value}; {} between two looks."""
         row = {}
         if step % every and step + 1 < run.config.grpo_steps:
             return row
@@ -1030,8 +1026,7 @@ def watcher(run, model, every=20, prompts=32, group=4):
 
 
 def evaluate(run):
-    """Base and aligned on test scenes: eval.json, items.json, the table, samples before and
-    after."""
+    """Evaluate base and aligned on test scenes: eval.json, items.json, tables, sample pictures."""
     c, start, results, items, clip = run.config, time.perf_counter(), {}, {}, None
     if c.method == "lvrpo" and run.sources_of("draw"):
         validity = check_reward(run, c.reward, "aligned", 128)
@@ -1041,7 +1036,7 @@ def evaluate(run):
     models = {name: run.policy(name).eval() for name in ("base", "aligned")}
     rewards = {"base": None, "aligned": run.rewards(c.reward) if c.method == "best_of_n" else None}
     if rewards["aligned"]:
-        rewards["aligned"].rarity = 0.0  # the best is wanted, not the odd one out
+        rewards["aligned"].rarity = 0.0  # we want the best one, not the rarest
     known = base_measured(c)
     for source in run.sources:
         measured = {"base": known[source.name]} if known else {}
@@ -1068,8 +1063,8 @@ def evaluate(run):
 
 
 def base_measured(c):
-    """{source: what `evaluation.evaluate` gave for the base} from the run --base, if this commit
-    evaluated it on the same scenes; else {}."""
+    """{source: result of `evaluation.evaluate` for the base}, reused from the run --base if this
+    commit evaluated it on the same scenes; else {}."""
     base, commit, measured = Path(c.base), commit_of_code(), {}
     if not c.base or not all((base / name).is_file() for name in ("eval.json", "items.json")):
         return {}
@@ -1089,8 +1084,7 @@ def base_measured(c):
 
 
 def commit_of_code():
-    """The commit of these files, with "+changes" where they differ from it; "" where git knows
-    nothing of them."""
+    """The commit of these files, plus "+changes" if they differ from it; "" if git has none."""
     here = Path(__file__).resolve().parent
 
     def git(*words):
@@ -1105,7 +1099,7 @@ def commit_of_code():
 
 
 def describe(run):
-    """What a result needs beside it: command, commit, device, machine, versions."""
+    """What is recorded with a result: command, commit, device, machine, versions."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     machine = gpu or platform.processor() or platform.machine()
     return {
@@ -1128,7 +1122,7 @@ INHERITED = ("data", "tasks", "patch", "jitter", "width", "layers", "heads", "cl
 
 
 def check_base(c):
-    """The config of the run --base; ValueError where its policy cannot be aligned as configured."""
+    """The config of the run --base; ValueError if its policy cannot be aligned as configured."""
     base = Path(c.base)
     theirs = evaluation.load_run(base)[0]
     for name in INHERITED:
@@ -1143,7 +1137,7 @@ def check_base(c):
 
 
 def take_over(c, theirs):
-    """Copy what --base, whose config is `theirs`, has trained into --out."""
+    """Copy what the run --base has trained into --out; `theirs` is its config."""
     base, folder = Path(c.base), Path(c.out)
     names = ["tokenizer.json", "reward_validity.json"]
     names += [f"{name}.safetensors" for name in ("codebook", "base", "clip", "clip_report")]
@@ -1156,7 +1150,7 @@ def take_over(c, theirs):
     c.pretrain_steps, c.clip_steps = theirs["pretrain_steps"], theirs["clip_steps"]
 
 
-STAGES = {  # stage: the file that it leaves last
+STAGES = {  # stage: the last file that it writes
     fit_codebook: "codebook.safetensors", pretrain: "base.safetensors",
     train_clip: "reward_validity.json", train_preference: "preference_validity.json",
     align: "aligned.safetensors", evaluate: "eval.json",
@@ -1164,7 +1158,7 @@ STAGES = {  # stage: the file that it leaves last
 
 
 def run_stages(run):
-    """Every stage whose result is not there yet, in order."""
+    """Run every stage whose result does not exist yet, in order."""
     c = run.config
     for stage, file in STAGES.items():
         needless = stage is train_preference and (c.reward == "rule" or c.method in NEXT_TOKEN)
@@ -1181,8 +1175,7 @@ def run_stages(run):
 
 @contextlib.contextmanager
 def locked(folder):
-    """One process at a time in a run directory; the lock ends with the process, however that
-    ends."""
+    """Allow one process at a time in a run directory; the lock ends when the process does."""
     with open(folder / "lock", "w", encoding="utf-8") as file:
         try:
             import fcntl
@@ -1191,14 +1184,13 @@ def locked(folder):
         except ImportError:  # Windows has no such lock
             pass
         except OSError:
-            raise ValueError(f"{folder}: another process trains there") from None
+            raise ValueError(f"{folder}: another process is training there") from None
         yield
 
 
 @contextlib.contextmanager
 def stopped_by_signals(run):
-    """Ctrl-C and SIGTERM end a step, save, and say how to go on; at once where no step is
-    running."""
+    """Ctrl-C and SIGTERM finish the step, save and say how to resume; other work ends at once."""
 
     def stop(number, frame):
         if run.learning and not run.interrupted:
@@ -1206,7 +1198,7 @@ def stopped_by_signals(run):
         else:
             raise Stopped(f"interrupted; {go_on(run)}", 128 + number)
 
-    in_main_thread = threading.current_thread() is threading.main_thread()  # the only one to hear
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only it gets signals
     numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
@@ -1217,8 +1209,7 @@ def stopped_by_signals(run):
 
 
 def join(config):
-    """Meet the other processes. All but the first work on a copy of the run directory: one
-    writes."""
+    """Join the other processes; all but the first work on a copy of the run: only one writes."""
     gpus = pick_device(config.device)[0].type == "cuda"
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -1233,7 +1224,7 @@ def join(config):
 
 
 def main(config):
-    """Train as configured; returns the run directory. ValueError for what the user can mend,
+    """Train as configured; returns the run directory. ValueError for what the user can fix,
     Stopped for an early end."""
     if WORLD_SIZE > 1:
         join(config)
