@@ -1,11 +1,11 @@
-"""One choice of GRPO at a time: short runs from one base that differ in nothing else, over seeds.
+"""Ablate one choice of GRPO at a time: short runs from one base, otherwise equal, over seeds.
 
-  group    candidates a prompt: at equal samples, then at equal prompts; and `gradient_noise`
+  group    candidates per prompt: at equal samples, then at equal prompts; and `gradient_noise`
   kl       the weight of the KL penalty
   reward   the CLIP score, preferences learned from pairs, the base's likelihoods, and halves of two
 
 Prints a table, mean and 95% interval over seeds (Student's t), and writes NAME.csv and NAME.png.
-Flags of train.py hold for all runs. Given again, the command goes on where it stopped.
+Flags of train.py apply to all runs. Run the command again to continue where it stopped.
 
     $ python results/ablate.py kl --run runs/lvrpo-cpu-0      # 15 runs of 1 to 2 minutes
 """
@@ -49,7 +49,7 @@ DEFAULT = {"group_size": 8, "prompts": 16, "kl_coef": 0.02, "reward": "rule", "c
 # Ablations share equal runs.
 FOLDER = "{group_size}x{prompts}-kl{kl_coef}-{reward}-{contrast}-{seed}"
 LOGGED = {"reward": "reward_draw", "KL": "kl_draw", "no spread": "zero_spread_draw"}
-AXES = {  # column: what its axis says
+AXES = {  # column: label of its axis
     "reward": "reward of drawings (nats)", "KL": "KL to the base (nats a token)",
     "compose": "drawings right (share)", "compose_heldout": "three objects right (share)",
     "diversity": "distinct of right ones (share)", "vqa": "answers right (share)",
@@ -58,7 +58,7 @@ AXES = {  # column: what its axis says
 
 
 def train_flags(words):
-    """Words of a command line -> {field of Config: value}, checked as train.py does."""
+    """Words of a command line -> {field of Config: value}, checked as in train.py."""
     config, flags = vars(parse_flags(words)), {}
     for word in [word.split("=")[0] for word in words if word.startswith("--")]:
         name = word[2:].replace("-", "_")
@@ -69,7 +69,7 @@ def train_flags(words):
 
 
 def outcome(folder):
-    """{column of the table: number of one run, or None where the run has no such thing}."""
+    """{column of the table: a run's value, or None if it has none}."""
     row, log, result = {}, read_log(folder / "metrics.csv"), evaluation.read_result(folder)
     for name, column in LOGGED.items():  # the mean of the last quarter of the steps
         values = [float(r[column]) for r in log if r.get(column)]
@@ -111,7 +111,7 @@ def columns_of(rows):
 
 
 def table(name, columns):
-    """One line a variant: mean and interval over seeds."""
+    """One line per variant: mean and interval over seeds."""
     lines = [f"{name:18}" + "".join(f"{column:>17}" for column in columns)]
     for variant in ABLATIONS[name]:
         cells = (f"{evaluation.over_seeds(values[variant]):>17}" for values in columns.values())
@@ -120,7 +120,7 @@ def table(name, columns):
 
 
 def figure(name, columns, path):
-    """Is the reward hacked? Then it rises, and what the judge sees does not."""
+    """Plot all columns. A hacked reward rises while the judge's numbers do not."""
     panels = [column for column in AXES if column in columns]
     image = Figure(figsize=(2.9 * len(panels), 3.4), layout="constrained")
     for ax, column in zip(image.subplots(1, len(panels), squeeze=False)[0], panels):
@@ -133,15 +133,15 @@ def figure(name, columns, path):
 
 
 def gradients(model, layout, tokens, rewards):
-    """Yields (name, policy gradient) of drawings (N, L) with rewards (B, G) for each thing to take
-    off a reward: nothing, the batch's mean, its group's mean. None of them biases the gradient."""
+    """Yields (name, policy gradient) of drawings (N, L) with rewards (B, G) for each baseline to
+    subtract: none, the batch's mean, the group's mean. None of them biases the gradient."""
     group, weights = rewards.shape[1], list(model.parameters())
     states, targets, mask = completion(model, layout, tokens, group)
     logprobs = selected_logprobs(states, allowed_head(model, layout), targets)
     none, batch = (0.0, np.inf), (rewards.mean(), rewards.numel())
     means = {"none": none, "batch": batch, "group": (rewards.mean(1, keepdim=True), group)}
     for name, (mean, n) in means.items():
-        # A mean of n with the candidate itself in it takes 1/n of its own gradient away.
+        # A mean over n that includes the candidate takes away 1/n of its own gradient.
         advantages = (rewards - mean).flatten() / (1 - 1 / n)
         loss, _ = grpo_loss(logprobs, logprobs.detach(), None, advantages, mask)
         parts = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
@@ -149,8 +149,8 @@ def gradients(model, layout, tokens, rewards):
 
 
 def gradient_noise(run, groups=(2, 4, 8, 16), samples=128, repeats=8):
-    """How noisy is the gradient of `samples` drawings by the base of a run? {(group size, what is
-    taken off): (variance over repeats, squared length of the mean)}. 1 minute."""
+    """How noisy is the gradient of `samples` drawings by the base of a run? {(group size,
+    baseline): (variance over repeats, squared length of the mean)}. 1 minute."""
     config, codebook, vocab = evaluation.load_run(run)
     model = evaluation.load_model(run, vocab, codebook, config, "base")
     reward = Rewards(evaluation.load_clip(run, "clip", vocab, config), vocab)
@@ -179,15 +179,15 @@ def gradient_noise(run, groups=(2, 4, 8, 16), samples=128, repeats=8):
 def main():
     parser = evaluation.Parser(description="Short runs from one base.", allow_abbrev=False)
     parser.add_argument("name", choices=tuple(ABLATIONS))
-    parser.add_argument("--run", required=True, metavar="RUN", help="whose base is aligned")
-    parser.add_argument("--out", help="for runs, table and figure [RUN/ablate]")
-    parser.add_argument("--seeds", type=positive, default=3, help="of every variant [3]")
-    parser.add_argument("--jobs", type=positive, default=1, help="at a time [1]; also train.py's")
+    parser.add_argument("--run", required=True, metavar="RUN", help="the run whose base is aligned")
+    parser.add_argument("--out", help="folder for runs, table and figure [RUN/ablate]")
+    parser.add_argument("--seeds", type=positive, default=3, help="seeds per variant [3]")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time [1]; also: flags of train.py")
     args, words = parser.parse_known_args()
     out = Path(args.out or Path(args.run) / "ablate")
     print(ablate(args.name, args.run, out, args.seeds, args.jobs, **train_flags(words)))
     if args.name == "group":
-        print("\ngradient of 128 drawings: group size, taken off, variance, squared mean")
+        print("\ngradient of 128 drawings: group size, baseline, variance, squared mean")
         for key, value in gradient_noise(args.run).items():
             print("{:4}  {:5}  {:.4f}  {:.4f}".format(*key, *value))
 

@@ -1,13 +1,13 @@
-"""Time and peak memory of the ways from hidden states to the GRPO loss and its gradients.
+"""Time and peak memory of several ways from hidden states to the GRPO loss and its gradients.
 
-Forward and backward over full masks, medians of fifteen. The ways take turns, since no machine is
-equally fast at all times. They must agree on the loss, which is in the last column.
+Forward and backward pass over full masks, medians of fifteen, in turns, because a machine's speed
+drifts. All ways must agree on the loss, which is in the last column.
 
-  three products    hidden @ W^T, D @ W and D^T @ hidden: what no way can do without (the roofline)
+  three products    hidden @ W^T, D @ W and D^T @ hidden: what every way needs (the roofline)
   plain             all logits at once, and autograd
   plain, compiled   the same under torch.compile
   ours              fused_linear_grpo_loss
-  Liger, chunked    LigerFusedLinearGRPOLoss, where it is installed: pip install liger-kernel
+  Liger, chunked    LigerFusedLinearGRPOLoss, if it is installed: pip install liger-kernel
   Liger, Triton     its Triton kernel, which takes all logits; on CUDA
 
     $ python results/bench_kernels.py --device cpu    # or cuda; 1 minute, a third of it compiling
@@ -78,7 +78,7 @@ def liger_triton(hidden, weight, tokens, old, ref, advantages, mask):
 
 
 def losses(device: str, width: int) -> dict:
-    """Name -> function of fused_linear_grpo_loss's arguments, which returns the loss and more."""
+    """{name: function of fused_linear_grpo_loss's arguments that returns the loss and more}."""
     plain = functools.partial(kernels.composed_loss, kernels.plain_logprobs)
     found = {"plain": plain}
     if device == "cuda" or shutil.which("g++"):
@@ -92,7 +92,7 @@ def losses(device: str, width: int) -> dict:
 
 
 def measured(function, device: str) -> tuple[float, float]:
-    """Milliseconds of one call, and on CUDA the GB that it needed on top of what was there."""
+    """Milliseconds of one call, and on CUDA the GB that it needed on top of what was in use."""
     if device == "cpu":
         start = time.perf_counter()
         function()
@@ -108,7 +108,7 @@ def measured(function, device: str) -> tuple[float, float]:
 
 
 def compare(functions: dict, device: str, repeats: int = REPEATS) -> dict[str, tuple[float, float]]:
-    """Name -> median milliseconds and GB of the last call; NaN and infinity if out of memory."""
+    """{name: median milliseconds, GB of the last call}; NaN and infinity if out of memory."""
     times, peaks = {name: [] for name in functions}, dict.fromkeys(functions, math.nan)
     for _ in range(repeats + 2):  # the first two warm up
         for name, function in functions.items():
@@ -125,7 +125,7 @@ def compare(functions: dict, device: str, repeats: int = REPEATS) -> dict[str, t
 
 
 def table(device: str, sizes: dict, repeats: int = REPEATS) -> None:
-    """Print a line for each way at each size."""
+    """Print one line per way and size."""
     for name, (*shape, dtype) in sizes.items():
         dimensions = ", ".join(f"{k}={n:,}" for k, n in zip("NTCV", shape))
         print(f"\n{name}: {dimensions}, {dtype}")

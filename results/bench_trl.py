@@ -3,7 +3,7 @@
 A step is one rollout (16 prompts of 14 tokens, 8 candidates of up to 16 tokens each), log-probs of
 policy and reference, and two updates, in float32; on a GPU 64 prompts, and bfloat16 autocast for
 both. The reward, the share of even ids, costs nothing. Both models are random: width 128, 4 layers,
-4 heads, 1,000 ids to choose from, a tied head. Where TRL is not installed, ours is timed alone.
+4 heads, 1,000 ids to choose from, a tied head. Without TRL, only ours is timed.
 The floor is the time of all matrix products at the rate of a large one: a prompt counts once for
 its candidates, an update three times a forward pass.
 
@@ -41,7 +41,7 @@ def autocast(device):
 
 
 def ours(prompts, device):
-    """Two functions: one step; and sampling alone, which returns how many tokens it made."""
+    """Two functions: one whole step; and sampling alone, which returns the number of tokens."""
     torch.manual_seed(0)
     data.LAYOUTS["plain"] = f"prompt:{PROMPT} text:{NEW}?"
     layout, shape = data.Layout("plain", 1, EOS + IDS, EOS + IDS, device), (prompts, PROMPT + NEW)
@@ -102,8 +102,8 @@ def trl_model(folder):
 
 
 def theirs(steps, prompts, device, our_step):
-    """TRL's steps, each followed by one of ours: seconds of theirs, seconds of ours; and a function
-    that samples with generate() and returns how many tokens it made."""
+    """Time TRL's steps, each followed by one of ours: their seconds, our seconds; and a function
+    that samples with generate() and returns the number of tokens."""
     import datasets
     import transformers
     import trl
@@ -147,13 +147,13 @@ def theirs(steps, prompts, device, our_step):
 
 
 def finish():
-    """Wait for a GPU."""
+    """Wait until a GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def seconds(function, times=1, warmup=0):
-    """Of each call after the warm-up; and what the last one returned."""
+    """Seconds of each call after the warm-up, and what the last one returned."""
     spent = []
     for _ in range(times + warmup):
         start = time.perf_counter()
@@ -164,7 +164,7 @@ def seconds(function, times=1, warmup=0):
 
 
 def floor(prompts, device):
-    """Seconds that the matrix products of a step would take at the rate of a large one."""
+    """Seconds for the matrix products of a step, at the rate of a large product."""
     size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     a = torch.randn(size, size, device=device, dtype=dtype)
     rate = 2 * size**3 / min(seconds(lambda: a @ a, 10, 2)[0])
@@ -184,7 +184,7 @@ def main():
     prompts = 64 if device == "cuda" else 16
     (step, sampler), least = ours(prompts, device), floor(prompts, device)
     samplers, other = {"sample()": sampler}, []
-    if importlib.util.find_spec("trl"):  # in turns: a machine is not equally fast at all times
+    if importlib.util.find_spec("trl"):  # in turns, because a machine's speed drifts
         other, mine, samplers["generate()"] = theirs(args.steps + 2, prompts, device, step)
     else:
         mine = seconds(step, args.steps, 2)[0]

@@ -1,7 +1,7 @@
 """Do the paper's claims hold? Verdicts from finished runs, by the rule of rule.md.
 
-  outcomes     what the runs left: the numbers of every seed, the outcome of every test item, what
-               each method used. outcomes.json.gz keeps them, so that anyone can judge again
+  outcomes     the numbers of every seed, the outcome of every test item, and what each method
+               used. outcomes.json.gz keeps them, so that anyone can judge again
   difference   lvrpo minus the other method, seed by seed: the same base, the same test items
   interval     95%, Student's t over seeds. Beside it a paired bootstrap over seeds and items
   verdict      by the interval of Student's t, see `verdict`
@@ -80,8 +80,8 @@ LEDGER = {  # what a method used after the base
 
 
 def finished(folder):
-    """Yields (name, seed, meta, run) of every finished run NAME-SEED in a folder, of its first data
-    set; a run is {"numbers", "items"} and, but for "base", what it started from, {"used"}."""
+    """Yields (name, seed, meta, run) for every finished run NAME-SEED in a folder, on its first
+    data set. run: {"numbers", "items"} and, except for its "base", {"used"}."""
     for path in sorted(Path(folder).glob("*/eval.json")):
         result = read_result(path.parent)
         items = json.loads((path.parent / "items.json").read_text("utf-8"))
@@ -114,7 +114,7 @@ def collect(out):
 
 
 def save_outcomes(outcomes, path):
-    """Write outcomes as gzipped JSON, the same bytes for the same outcomes."""
+    """Write outcomes as gzipped JSON; equal outcomes give equal bytes."""
     text = json.dumps(outcomes, separators=(",", ":")).encode()
     with atomically(path) as new:
         new.write_bytes(gzip.compress(text, mtime=0))
@@ -128,8 +128,8 @@ def load_outcomes(path):
 
 
 def bootstrap(outcomes, draws=1000):
-    """(low, high) of the mean, of one array of items a seed: seeds are drawn with replacement,
-    then the items of each."""
+    """(low, high) of the mean, from one array of items per seed: resample seeds, then the items of
+    each, both with replacement."""
     rng, outcomes = np.random.default_rng(0), [np.asarray(o, float) for o in outcomes]
     seeds = rng.integers(len(outcomes), size=(draws, len(outcomes)))
     means = np.zeros(seeds.shape)
@@ -140,7 +140,7 @@ def bootstrap(outcomes, draws=1000):
 
 
 def student_t(values):
-    """(low, high) of the mean over seeds; (None, None) of one.
+    """(low, high) of the mean over seeds; (None, None) for a single seed.
 
     >>> student_t([0.5, 0.6, 0.7])  # 0.6 -+ 4.303 * 0.1 / sqrt 3
     (0.3516, 0.8484)
@@ -152,7 +152,7 @@ def student_t(values):
 
 
 def verdict(mean, low, high, least):
-    """What the interval of a difference says of a claim of at least `least`.
+    """What the interval of a difference says about a claim of at least `least`.
 
     >>> verdict(0.06, 0.02, 0.10, 0.05), verdict(0.03, 0.01, 0.05, 0.05)
     ('replicated', 'direction only')
@@ -167,7 +167,7 @@ def verdict(mean, low, high, least):
 
 
 def judge(ours, theirs, metric, least):
-    """lvrpo's difference to a method, its intervals and verdict; {} without a pair of runs."""
+    """lvrpo minus a method, with intervals and verdict; {} without a pair of runs."""
     seeds = [seed for seed in ours if seed in theirs]
     pairs = [(ours[seed]["numbers"], theirs[seed]["numbers"]) for seed in seeds]
     values = [row[metric] for row in (differences(*pair) for pair in pairs) if metric in row]
@@ -185,7 +185,7 @@ def judge(ours, theirs, metric, least):
 
 
 def values_of(by_seed):
-    """{metric: {"mean", "low", "high", "seeds"}} of one method, by Student's t."""
+    """{metric: {"mean", "low", "high", "seeds"}} of one method, with Student's t."""
     rows = {}
     for metric in dict.fromkeys(m for run in by_seed.values() for m in run["numbers"]):
         values = [run["numbers"].get(metric) for run in by_seed.values()]
@@ -199,7 +199,7 @@ def values_of(by_seed):
 
 def ledger(runs):
     """{method: seconds, labels, tokens after the base, means over seeds}. Seconds of CLIP, which
-    lvrpo's run trains, count for every method that it rewards."""
+    lvrpo's run trains, count for every method that uses its reward."""
     used = {}
     every = [run["used"] for run in runs["lvrpo"].values()]
     clip = np.mean([used["clip_seconds"] for used in every])
@@ -213,7 +213,7 @@ def ledger(runs):
 
 
 def judged(runs, ours, others, claimed=CLAIMS):
-    """A row for every claim and every other method of {method: {seed: run}}."""
+    """One row per claim and other method, from {method: {seed: run}}."""
     rows = []
     for metric, (claim, least) in claimed.items():
         for other in others:
@@ -234,7 +234,7 @@ def claims(outcomes):
     variants = {"lvrpo": runs["lvrpo"]} | outcomes["ablations"]
     done["ablations"] = judged(variants, "lvrpo", list(variants)[1:])
     done["meta"] = outcomes["meta"]
-    return json.loads(json.dumps(done))  # as it is read back
+    return json.loads(json.dumps(done))  # as when read back
 
 
 # ------------------------------------------------ tables and the figure
@@ -262,8 +262,8 @@ def verdicts(rows):
 
 
 def tables(done):
-    """All of it as Markdown: verdicts, the numbers of every method, what it used and saw, real
-    pictures, ablations."""
+    """Everything as Markdown: verdicts, each method's numbers, what it used and saw, real pictures,
+    ablations."""
     methods, used = done["methods"], done["ledger"]
     runs = ", ".join(f"{m} {len(values['vqa']['seeds'])}" for m, values in methods.items())
     lines = ["# The claims, judged", "", f"By [rule.md](rule.md); commit {done['meta']['commit']}. "
@@ -290,7 +290,7 @@ def tables(done):
 
 
 def figure(rows, path):
-    """One panel a metric: lvrpo's difference to each other method, with Student's t."""
+    """One panel per metric: lvrpo minus each other method, with Student's t."""
     image = Figure(figsize=(18, 9), layout="constrained")
     for ax, (metric, (_, least)) in zip(image.subplots(3, 6).flat, CLAIMS.items()):
         some = [r for r in rows if r["metric"] == metric][::-1]
@@ -309,7 +309,7 @@ def figure(rows, path):
 
 
 def write(outcomes, results):
-    """outcomes.json.gz, claims.json, claims.md and claims.png in a folder; returns the claims."""
+    """Write outcomes.json.gz, claims.json, claims.md, claims.png to a folder; return the claims."""
     results, done = Path(results), claims(outcomes)
     results.mkdir(parents=True, exist_ok=True)
     save_outcomes(outcomes, results / "outcomes.json.gz")
@@ -323,7 +323,7 @@ def write(outcomes, results):
 
 def main():
     parser = Parser(description="The paper's claims, judged by finished runs.")
-    parser.add_argument("runs", help="the folder that holds them")
+    parser.add_argument("runs", help="the folder of the runs")
     parser.add_argument("--results", default=Path(__file__).parent, help="for claims.* [here]")
     args = parser.parse_args()
     print(tables(write(collect(args.runs), args.results)))

@@ -1,11 +1,11 @@
-"""How a world is built to make a method win: the noise of pre-training's answers, in doses.
+"""How one could build a world in which a method wins: doses of noise in pre-training's answers.
 
-For each dose a base learns from answers that are wrong in so many cases, evenly over the other
-words of their kind. Then lvrpo, and unified twice: with the very same clean answers that GRPO's
-reward knows (as in the study), and without them. From 0.5 on the likeliest answer to a question of
-yes or no is wrong, from 0.75 on that to any. Questions alone: tasks vqa, multihop, text.
+For each dose, a base learns from answers of which that share is wrong, spread evenly over the other
+words of their kind. Then run lvrpo, and unified twice: with the same clean answers that GRPO's
+reward knows (as in the study), and without them. From 0.5 on, the likeliest answer to a yes/no
+question is wrong; from 0.75 on, to any question. Only questions: tasks vqa, multihop, text.
 
-Writes dose.json and dose.png, prints a table. Given again, the command goes on where it stopped.
+Writes dose.json and dose.png, and prints a table. Run it again to continue where it stopped.
 
     $ python results/dose.py      # two cores: an hour
 """
@@ -47,7 +47,7 @@ def one(out, dose, name, seed, preset):
 
 
 def of_one_seed(out, dose, seed, preset):
-    """lvrpo, which trains the base, then the others. ValueError where one fails."""
+    """Train lvrpo, including the base, then the others. ValueError if one fails."""
     for name in METHODS:
         process = multiprocessing.get_context("spawn").Process(
             target=one, args=(out, dose, name, seed, preset))
@@ -110,10 +110,10 @@ def figure(values, path):
 
 def main():
     parser = Parser(description="The noise of pre-training's answers, in doses.")
-    parser.add_argument("--out", default="runs/dose", help="for the runs [runs/dose]")
+    parser.add_argument("--out", default="runs/dose", help="folder for the runs [runs/dose]")
     parser.add_argument("--results", default=Path(__file__).parent, help="for dose.* [here]")
-    parser.add_argument("--seeds", type=positive, default=3, help="[3]")
-    parser.add_argument("--jobs", type=positive, default=2, help="at a time [2]")
+    parser.add_argument("--seeds", type=positive, default=3, help="seeds per dose [3]")
+    parser.add_argument("--jobs", type=positive, default=2, help="runs at a time [2]")
     parser.add_argument("--preset", default="cpu", help="as in train.py [cpu]")
     args = parser.parse_args()
     plan = [(args.out, dose, seed, args.preset) for seed in range(args.seeds) for dose in DOSES]

@@ -1,6 +1,6 @@
-"""Many runs of train.py: each in a process of its own, and a finished one never twice.
+"""Many runs of train.py: each in its own process, and a finished one never twice.
 
-What the scripts of this folder that train have in common; for commands see ablate.py, reproduce.py.
+Shared by the scripts of this folder that train; for commands see ablate.py and reproduce.py.
 """
 
 import json
@@ -17,8 +17,8 @@ MAY_DIFFER = ("device", "threads", "compile", "data_dir")  # where and how a run
 
 
 def trained(out, **flags):
-    """The run `out`, trained with these flags of train.py: kept where it is finished, gone on with
-    where it has started. ValueError if it has other flags, or fails."""
+    """Train the run `out` with these flags of train.py: a finished run is kept, a started one is
+    resumed. ValueError if it has other flags, or fails."""
     out = Path(out)
     saved, words = out / "config.json", ["--out", str(out)]
     if saved.is_file():
@@ -42,21 +42,21 @@ def trained(out, **flags):
     if status > 128:  # stopped by a signal, after saving
         raise KeyboardInterrupt
     if status:
-        raise ValueError(f"the run {out} failed, see above; the same command goes on")
+        raise ValueError(f"the run {out} failed, see above; the same command continues")
     return out
 
 
 def positive(text):
-    """For argparse: a whole number above 0."""
+    """An argparse type: a whole number above 0."""
     if int(text) < 1:
         raise ValueError
     return int(text)
 
 
 def command(program, main):
-    """As eval.run_command; and Ctrl-C, which has stopped and saved the runs, is one line."""
+    """As eval.run_command; Ctrl-C, which stops and saves the runs, also prints one line."""
     try:
         run_command(program, main)
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; the same command goes on", file=sys.stderr)
+        print(f"{program}: interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)

@@ -1,8 +1,8 @@
-"""Every verdict and interval of the study once more, from the committed outcomes.
+"""Recompute every verdict and interval of the study from the committed outcomes.
 
-outcomes.json.gz has the numbers of every seed, which decide, and the outcome of every test item:
-their means must be those numbers. Judges by rule.md as claims.py does, and compares with
-claims.json and claims.md. Prints the tables; status 1 where they differ.
+outcomes.json.gz has the numbers of every seed, which decide, and the outcome of every test item,
+whose means must equal those numbers. Judges by rule.md, as claims.py does, and compares with
+claims.json and claims.md. Prints the tables; status 1 if they differ.
 
     $ python results/recompute.py      # 5 seconds
 """
@@ -20,7 +20,7 @@ from eval import Parser
 
 
 def recompute(results):
-    """(the tables, the names of the committed files that say something else)."""
+    """(the tables, the names of the committed files that differ from them)."""
     results = Path(results)
     outcomes = load_outcomes(results / "outcomes.json.gz")
     done = claims(outcomes)
@@ -39,7 +39,7 @@ def recompute(results):
 
 def main():
     parser = Parser(description="Judge the committed outcomes again.")
-    parser.add_argument("--results", default=Path(__file__).parent, help="whose files [here]")
+    parser.add_argument("--results", default=Path(__file__).parent, help="their folder [here]")
     text, differ = recompute(parser.parse_args().results)
     print(text)
     print(f"differs: {', '.join(differ)}" if differ else "the committed tables come out of it")

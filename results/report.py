@@ -27,8 +27,8 @@ from train import read_log
 
 # ---------------------------------------------------------------- health: can the run be trusted?
 
-ADVICE = {  # of each check: what to do when it is not good
-    "reward and judge": "stop earlier, raise --kl-coef or --ptx-coef, or mend the reward",
+ADVICE = {  # of each check: what to do if it is not good
+    "reward and judge": "stop earlier, raise --kl-coef or --ptx-coef, or fix the reward",
     "diversity": "stop earlier, or raise --kl-coef, --ptx-coef or --temperature",
     "spread": "raise --group-size or --temperature, or train the base for longer",
     "KL": "raise --kl-coef or lower --grpo-lr: far from the base a reward means less",
@@ -44,7 +44,7 @@ def mark(look, act=False):
 
 
 def values_of(rows, column):
-    """The values of a column of metrics.csv, without empty cells."""
+    """The values in a column of metrics.csv, without empty cells."""
     return [float(row[column]) for row in rows if row.get(column)]
 
 
@@ -62,7 +62,7 @@ def by_task(rows, prefix):
 
 
 def health(log, validity):
-    """[(check, "good", "look" or "act", what it saw)] of the rows of metrics.csv and of
+    """[(check, "good", "look" or "act", what it found)] in the rows of metrics.csv and in
     reward_validity_aligned.json. The limits are rules of thumb."""
     rows, checks = [row for row in log if row["stage"] == "align"], []
     reward, judge, distinct, entropy = (ends(rows, column) for column in (
@@ -80,14 +80,14 @@ def health(log, validity):
         checks.append(("diversity", mark(False, dull), text + ": collapsing" * dull))
     if idle:
         shares = ", ".join(f"{task} {share:.0%}" for task, share in idle.items())
-        text = f"groups of equal rewards, which teach nothing, in the last quarter: {shares}"
+        text = f"uninformative groups (equal rewards) in the last quarter: {shares}"
         checks.append(("spread", mark(max(idle.values()) > 0.9), text))
     if kl:
         far = max(kl, key=kl.get)
-        text = f"{kl[far]:.2g} nats a token from the base in the last quarter, furthest in {far}"
+        text = f"{kl[far]:.2g} nats per token from the base in the last quarter, furthest in {far}"
         checks.append(("KL", mark(kl[far] > 0.5, kl[far] > 2), text))
     if entropy:
-        text = "of drawings {:.2f} to {:.2f} nats a token".format(*entropy)
+        text = "of drawings {:.2f} to {:.2f} nats per token".format(*entropy)
         limits = (entropy[1] < share * entropy[0] for share in (0.5, 0.2))
         checks.append(("entropy", mark(*limits), text))
     if low and high:
@@ -128,8 +128,8 @@ PANELS = (
 
 
 def lines_of(log, panel):
-    """[(label, steps, values)] of a panel's curves, smoothed, but for those that are always 0, and
-    for the loss of alignment by rewards, which is no loss of next tokens (nll is)."""
+    """[(label, steps, values)] of a panel's curves, smoothed; without those that are always 0, and
+    without the loss of alignment by rewards, which is no next-token loss (nll is)."""
     lines = []
     for stage in panel.stages:
         rows = [row for row in log if row["stage"] == stage]
@@ -144,7 +144,7 @@ def lines_of(log, panel):
 
 
 def all_zero(log, panel):
-    """Whether a panel's columns have values, and all of them are 0."""
+    """Do a panel's columns have values, and are all of them 0?"""
     rows = [row for row in log if row["stage"] in panel.stages]
     columns = [c for c in (rows[0] if rows else ()) if c.startswith(panel.prefixes)]
     values = [value for column in columns for value in values_of(rows, column)]
@@ -166,8 +166,8 @@ class Plain(LogFormatter):
 
 
 def curves(log, path):
-    """One panel a question, where the run has something to show; no file where it has nothing. In
-    place of curves that are flat at 0 a panel says what that means."""
+    """One panel per question that the run has data for; no file if it has none. Instead of curves
+    that are flat at 0, a panel says what that means."""
     panels = [(panel, lines_of(log, panel)) for panel in PANELS]
     panels = [(panel, lines) for panel, lines in panels if lines or all_zero(log, panel)]
     figure, axes = figure_of(len(panels), 3)
@@ -191,7 +191,7 @@ def curves(log, path):
 
 
 def fronts(sweep):
-    """Quality against diversity, a point a temperature, as the bytes of a .png file."""
+    """Quality against diversity, one point per temperature, as the bytes of a .png file."""
     kinds = [k for k in ("", "_heldout") if f"compose{k}" in sweep["base"][0]]
     figure, axes = figure_of(len(kinds), 2)
     for ax, kind in zip(axes, kinds):
@@ -217,12 +217,12 @@ img{max-width:100%}pre{overflow-x:auto}.note{color:#59636e}.mark{color:#fff;padd
 
 
 def picture(data, name):
-    """A .png file inside the page."""
+    """A .png file, embedded in the page."""
     return f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}" alt="{name}">'
 
 
 def page(folder, log):
-    """The page as text. ValueError where the run is not finished."""
+    """The page as text. ValueError if the run is not finished."""
     result, say, pictures = read_result(folder), html.escape, []
     meta, path = result["meta"], folder / "reward_validity_aligned.json"
     for file in (folder / "samples" / "before_after.png", folder / "curves.png"):

@@ -1,8 +1,8 @@
 """The study behind the paper's claims, in one go: every method, the ablations, real pictures.
 
-lvrpo trains the base of its seed; all others start there. Baselines see what it sees and get about
-its seconds; controls differ as rule.md says, which also has the rule for every verdict. Given
-again, the command goes on where it stopped; claims.py judges what is finished.
+lvrpo trains the base of its seed; all other methods start there. Baselines see what it sees and get
+about its seconds; controls differ as rule.md says, which also has the rule for every verdict. Run
+the command again to continue where it stopped; claims.py judges what is finished.
 
     $ python results/reproduce.py --data-dir data      # two cores: see what it says at the start
 """
@@ -35,7 +35,7 @@ REAL = {"data": "fashion_mnist", "tasks": "draw,caption,vqa,text", "download": T
 
 
 def plan(out, seeds, real_seeds):
-    """Yields (folder, flags of train.py) of every run, bases first."""
+    """Yields (folder, flags of train.py) for every run, bases first."""
     for seed in range(seeds):
         yield f"lvrpo-{seed}", {"method": "lvrpo", "seed": seed}
     for method in (*BASELINES, *CONTROLS):
@@ -53,8 +53,8 @@ def plan(out, seeds, real_seeds):
 
 
 def reproduce(out, results, preset, seeds=5, real_seeds=3, jobs=2, **flags):
-    """Train and measure all of it, `jobs` runs at a time with their share of the cores. Returns
-    the tables of the claims; ValueError names the runs that failed."""
+    """Train and evaluate all runs, `jobs` at a time with their share of the cores. Returns the
+    tables of the claims; ValueError names the runs that failed."""
     out, failed, done = Path(out), [], {}
     runs = list(plan(out, seeds, real_seeds))
     minutes = sum(MINUTES.get(change.get("method"), 5) for _, change in runs) / jobs
@@ -63,10 +63,10 @@ def reproduce(out, results, preset, seeds=5, real_seeds=3, jobs=2, **flags):
 
     def one(name, change):
         if "base" in change:
-            done[change["base"]].result()  # which was submitted earlier
+            done[change["base"]].result()  # submitted earlier
         try:
             trained(out / name, **flags | change)
-        except ValueError as error:  # one that diverged: the others go on without it
+        except ValueError as error:  # it diverged: the others continue without it
             failed.append(str(error))
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -82,13 +82,13 @@ def reproduce(out, results, preset, seeds=5, real_seeds=3, jobs=2, **flags):
 
 def main():
     parser = Parser(description="Train every method from the same base, and judge the claims.")
-    parser.add_argument("--out", default="runs/reproduce", help="for the runs [runs/reproduce]")
+    parser.add_argument("--out", default="runs/reproduce", help="run folder [runs/reproduce]")
     parser.add_argument("--results", default=Path(__file__).parent, help="for claims.* [here]")
     parser.add_argument("--preset", default="auto", help="as in train.py [auto]")
     parser.add_argument("--device", default="auto", help="as in train.py [auto]")
     parser.add_argument("--data-dir", default="data", help="as in train.py [data]")
-    parser.add_argument("--seeds", type=positive, default=5, help="[5]")
-    parser.add_argument("--real-seeds", type=int, default=3, help="of Fashion-MNIST [3]")
+    parser.add_argument("--seeds", type=positive, default=5, help="seeds per method [5]")
+    parser.add_argument("--real-seeds", type=int, default=3, help="seeds on Fashion-MNIST [3]")
     parser.add_argument("--jobs", type=positive, help="runs at a time [2; on a GPU 1]")
     args = parser.parse_args()
     preset = make_config(preset=args.preset, device=args.device).preset

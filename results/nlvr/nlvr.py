@@ -1,16 +1,16 @@
-"""Bring your own data: NLVR, sentences that are true or false of three boxes.
+"""Bring your own data: NLVR, sentences that are true or false about three boxes.
 
-Your own data needs four things, here in this order, and no change to the root files:
+Your own data needs four things, in this order here, and no change to the root files:
 
   1. a loader     official files -> pictures, texts, labels; one clear line for a damaged file
-  2. more of it   where labels are few: boxes and sentences in NLVR's style. A yes or no teaches too
-                  little, so a made one has worked steps: what stands in each box, item by item,
-                  with -x where it counts, and then how many count
+  2. more of it   because labels are few: generated boxes and sentences in NLVR's style. True or
+                  false teaches too little, so these have worked steps: the items in each box, one
+                  by one, with -x on those that count, and then how many count
   3. a source     name, tasks, splits, example, texts, prompt_pool: what train.py and eval.py use
   4. register()   its name, its address, columns for its longer texts, its defaults
 
-The base learns from made boxes with steps. GRPO takes half of its prompts from real train rows:
-they have a key but no steps, so the policy tries its own. No sentence of dev or test is trained on.
+The base learns from generated boxes with steps. GRPO takes half its prompts from real train rows:
+they have a key but no steps, so the policy tries its own. We train on no sentence of dev or test.
 
     <verify> <image> box <image> box <image> box there is exactly one black tower <answer>
     <think> black-square black-square 1 blue-square 0 blue-square black-square 0 </think> true
@@ -47,7 +47,7 @@ def shrink(box):
 
 
 def cut_boxes(raw):
-    """A picture's bytes -> (3, S, S, 3). Each box shrinks alone: the strip would lose its items."""
+    """A picture's bytes -> (3, S, S, 3). Boxes shrink singly: the whole strip would lose items."""
     image = Image.open(io.BytesIO(raw)).convert("RGB")
     if image.size != (400, 100):
         raise ValueError(f"{image.width}x{image.height} pixels")
@@ -55,7 +55,7 @@ def cut_boxes(raw):
 
 
 def parse_rows(raw, split):
-    """The bytes of the JSON, a row a line -> (sentence, label, names its picture may have) each."""
+    """JSON lines as bytes -> one (sentence, label, possible names of its picture) per row."""
     for number, line in enumerate(raw.decode().strip().split("\n"), 1):
         try:
             row = json.loads(line)
@@ -122,7 +122,7 @@ def sample_scatter(rng):
 
 
 def render_box(box):
-    """Its picture, drawn at 100x100 and shrunk as load_nlvr does: (S, S, 3) uint8."""
+    """The picture of a box, drawn at 100x100 and shrunk as in load_nlvr: (S, S, 3) uint8."""
     picture = np.full((100, 100, 3), 211.0)
     for o in box:
         ground = picture[o.y : o.y + o.size, o.x : o.x + o.size]
@@ -142,7 +142,7 @@ SLOTS = {
     "color": COLORS, "other": COLORS, "number": NUMBERS, "end": ENDS, "over": ("above", "on"),
     "shape": (*SHAPES, "item", "object"), "wall": WALLS,
 }  # fmt: skip
-QUANTIFIERS = (  # words, the plural's s, least and most that make them true
+QUANTIFIERS = (  # words, plural s, smallest and largest count that make them true
     ("there is a", "", 1, 99), ("there is no", "", 0, 0), ("there is 1", "", 1, 99),
     ("there is one", "", 1, 99), ("there is at least 1", "", 1, 99),
     ("there is at least one", "", 1, 99), ("there is exactly one", "", 1, 1),
@@ -153,8 +153,8 @@ QUANTIFIERS = (  # words, the plural's s, least and most that make them true
 
 
 def in_tower(box, s, color, other, number, end, over, **_):
-    """{noun: which blocks of a tower it means, a list of bools, or if it means the tower, a bool}.
-    s: the plural's; the other words are from SLOTS."""
+    """{noun: a list of bools, which blocks of a tower it means; or a bool, if it means the tower}.
+    s: of the plural; the other words are from SLOTS."""
     blocks, last = [o.color == color for o in box], ENDS[end] % max(len(box), 1)
     at_end = [ok and i == last for i, ok in enumerate(blocks)]
     above = [ok and i > 0 and box[i - 1].color == other for i, ok in enumerate(blocks)]
@@ -174,7 +174,7 @@ def in_tower(box, s, color, other, number, end, over, **_):
 
 
 def in_scatter(box, s, color, other, number, shape, wall, **_):
-    """As in_tower, of a box with items anywhere."""
+    """As in_tower, for a box with items anywhere."""
     shaped = [shape in ("item", "object", o.shape) for o in box]
     colored = [ok and o.color == color for ok, o in zip(shaped, box)]
     touching = [touches(o, WALLS[wall]) for o in box]
@@ -192,7 +192,7 @@ def in_scatter(box, s, color, other, number, shape, wall, **_):
 
 def sample_statement(rng, closed=()):
     """(sentence, three boxes, what its noun means in each, "true" or "false"); never a closed one.
-    For every sentence both are equally likely, so the words alone tell nothing."""
+    Both labels are equally likely for every sentence, so the words alone give nothing away."""
     kinds = [(sample_tower, in_tower)] * 2 + [(sample_scatter, in_scatter)]
     while True:
         words = {slot: rng.choice(list(values)) for slot, values in SLOTS.items()}
@@ -209,7 +209,7 @@ def sample_statement(rng, closed=()):
 
 
 def steps(boxes, marks):
-    """What stands in each box, a tower from below, with -x where it counts; and how many count."""
+    """The items in each box, a tower from below, with -x on what counts; and how many count."""
     words = []
     for box, mark in zip(boxes, marks):
         each = mark if isinstance(mark, list) else [False] * len(box)
@@ -222,12 +222,12 @@ def steps(boxes, marks):
 
 
 class NLVR:
-    """What train.py and eval.py ask a source for."""
+    """What train.py and eval.py need from a source."""
 
     name, tasks, real_items = "nlvr", ("verify",), True  # eval.py measures every real item once
 
     def __init__(self, root):
-        """splits: {split: real rows}. Typing errors, words that no train row has, are left out."""
+        """splits: {split: real rows}, without typing errors (words that no train row has)."""
         self.splits, self.words = {}, set()
         for split, stored in (("train", "train"), ("val", "dev"), ("test", "test")):
             self.splits[split] = rows = []
@@ -240,22 +240,22 @@ class NLVR:
         self.splits["train"] = [e for e in self.splits["train"] if e.prompt not in self.closed]
 
     def make(self, rng):
-        """A made Example, with steps."""
+        """A generated Example, with steps."""
         text, boxes, marks, label = sample_statement(rng, self.closed)
         answer = f"{THINK} {steps(boxes, marks)} {END_THINK} {label}"
         return Example("verify", np.stack([render_box(box) for box in boxes]), text, answer)
 
     def example(self, rng, task, pool="paired", noise=None, split="train"):
-        """One Example. Pre-training asks for the pool "paired": made ones. Any other has real rows
-        too, with an empty thought in the key: so the reward wants one, but no certain one."""
+        """One Example. The pool "paired", for pre-training, has generated ones. Others also have
+        real rows, with an empty thought in the key: the reward wants a thought, but any will do."""
         if split == "train" and (pool == "paired" or rng.random() < 0.5):
             return self.make(rng)
         e = rng.choice(self.splits[split])
-        boxes = e.pictures[rng.sample(range(3), 3)]  # their order changes no truth
+        boxes = e.pictures[rng.sample(range(3), 3)]  # their order does not matter
         return e._replace(pictures=boxes, answer=f"{THINK} {END_THINK} {e.answer}")
 
     def texts(self, rng, n):
-        """Texts that between them hold every word that is read or written."""
+        """Texts that together contain every word that is read or written."""
         names = [f"{color}-{shape}" for color in COLORS for shape in SHAPES]
         yield " ".join([*self.words, *names, *(f"{name}-x" for name in names), *"01234567"])
         for e in [self.make(rng) for _ in range(n // 2)]:
@@ -269,7 +269,7 @@ class NLVR:
 
 
 def register():
-    """All that `--data nlvr --tasks verify` needs. 28 tokens: 3 boxes of 7 items and a count, 4."""
+    """Set up `--data nlvr --tasks verify`. 28 tokens: 3 boxes of 7 items and a count, + 4."""
     url = "https://codeload.github.com/lil-lab/nlvr/tar.gz/refs/heads/master"
     data.SOURCES["nlvr"], data.DOWNLOADS["nlvr"] = NLVR, [(url, None, "nlvr")]
     data.LAYOUTS["verify"] = f"<verify>{3 * ' <image> picture'} prompt:24 <answer> text:28?"
