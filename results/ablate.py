@@ -182,7 +182,8 @@ def main():
     parser.add_argument("--run", required=True, metavar="RUN", help="the run whose base is aligned")
     parser.add_argument("--out", help="folder for runs, table and figure [RUN/ablate]")
     parser.add_argument("--seeds", type=positive, default=3, help="seeds per variant [3]")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time [1]; also: flags of train.py")
+    more = "runs at a time [1]; also: flags of train.py"
+    parser.add_argument("--jobs", type=positive, default=1, help=more)
     args, words = parser.parse_known_args()
     out = Path(args.out or Path(args.run) / "ablate")
     print(ablate(args.name, args.run, out, args.seeds, args.jobs, **train_flags(words)))
