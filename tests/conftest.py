@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import KINDS, Object, Vocabulary, World, pictures_of, render, render_grid, sample_grid
+from data import (KINDS, PAD, Object, Vocabulary, World, pictures_of, render, render_grid,
+                  sample_grid)
 from model import Codebook, ModelConfig, Transformer
 
 ROOT, WORLD = Path(__file__).resolve().parents[1], World()
@@ -33,6 +34,20 @@ def lively(vocab, codebook, seed=0, layers=2):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3) if p.dim() == 2 else torch.nn.init.uniform_(p, 0.5, 1.5)
     return model
+
+
+def allowed_logprobs(model, layout, tokens, temperature=1.0):
+    """(M5) from a pass over whole rows, without a cache: log-probs of all ids that may be chosen,
+    (N, T, ids), in the columns from the first chosen one on."""
+    logits = model(tokens, layout.patch)[:, layout.start - 1 : -1] @ model.head.T / temperature
+    return logits[..., layout.first : layout.last].log_softmax(-1)
+
+
+def chosen_logprobs(model, layout, row, temperature=1.0):
+    """Those of the tokens that are chosen in a row (L,), one after the other; <pad> is none."""
+    every = allowed_logprobs(model, layout, row[None], temperature)[0]
+    columns = [c for c in layout.columns if row[c] != PAD]
+    return [every[c - layout.start, row[c] - layout.first].item() for c in columns]
 
 
 def rows_of(vocab, codebook, task, n, seed=0):
