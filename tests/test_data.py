@@ -79,6 +79,8 @@ def test_pools_have_their_counts_and_pairs():
     assert counts == {"paired": {1, 2}, "prompted": {2}, "three": {3}, "heldout": {3}}
     prompts = Counter(WORLD.prompt_pool(random.Random(i), "draw") for i in range(2000))
     assert set(prompts) == {"paired", "prompted", "three"} and 900 < prompts["three"] < 1100
+    asked = {WORLD.prompt_pool(random.Random(i), "vqa") for i in range(99)}
+    assert asked == {"paired", "three"}
 
 
 @pytest.mark.parametrize("pool", ["paired", "prompted", "three"])
@@ -169,26 +171,19 @@ def test_noise_is_as_frequent_as_stated_and_never_more_often_wrong_than_right():
 
 
 @pytest.mark.parametrize("task", ["vqa", "multihop"])
-def test_the_likeliest_answer_is_the_right_one_whatever_the_answer(task):
+def test_the_likeliest_answer_is_the_right_one_and_a_wrong_one_is_any_word_of_its_kind(task):
     learned = {}
     for seed in range(6000):
         clean, noisy = (WORLD.example(random.Random(seed), task, noise=n) for n in (None, NOISE))
         (*steps, answer), (*same, other) = clean.answer.split(), noisy.answer.split()
         assert (clean.prompt, steps) == (noisy.prompt, same)
-        learned.setdefault(answer, []).append(answer == other)
-    for answer, right in learned.items():
-        assert abs(np.mean(right) - 0.85) < 1.8 / len(right) ** 0.5, answer
-
-
-def test_a_wrong_answer_is_any_other_word_of_its_kind_equally_often():
-    rng = random.Random(0)
-    for words in data.ANSWER_KINDS:
-        for answer in words:
-            counts = Counter(data.wrong_answer(rng, answer) for _ in range(600))
-            assert set(counts) == set(words) - {answer}
-            assert max(counts.values()) - min(counts.values()) < 120
-    with pytest.raises(ValueError, match="'perhaps' is no answer of this world; .*'yes'"):
-        data.wrong_answer(rng, "perhaps")
+        learned.setdefault(answer, Counter())[other] += 1
+    for answer, counts in learned.items():
+        (kind,) = [words for words in data.ANSWER_KINDS if answer in words]
+        assert set(counts) == set(kind)
+        n, right = counts.total(), counts.pop(answer)
+        assert abs(right / n - 0.85) < 1.8 / n**0.5, answer
+        assert max(counts.values()) < 2 * min(counts.values()) + 20, answer
 
 
 # ---------------------------------------------------------------- questions, statements, stories
@@ -320,13 +315,6 @@ def test_a_text_comes_back_from_its_tokens_up_to_the_first_eos(vocab):
     assert vocab.words[: len(SPECIAL)] == [*SPECIAL] and vocab.size == vocab.n_text + vocab.n_codes
 
 
-def test_unknown_words_and_too_many_are_one_line(vocab):
-    for text, reason in (("a cube", "'cube'; .* circle"), ("a red shape", "3 tokens where 2 fit")):
-        with pytest.raises(ValueError, match=reason) as error:
-            vocab.encode(text, 2)
-        assert "\n" not in str(error.value)
-
-
 MAKE = """
 import data, hashlib, random
 rng, world = random.Random(0), data.World(1)
@@ -335,22 +323,11 @@ examples = [world.example(rng, task, noise=data.NOISE) for task in world.tasks]
 pictures = hashlib.md5(data.pictures_of(examples).tobytes()).hexdigest()
 print(words, [e[2:4] for e in examples], pictures, sorted(map(sorted, data.HELDOUT_PAIRS)))
 """
-CHECK = """
-import random, threading, numpy, torch
-state = lambda: str((random.getstate(), numpy.random.get_state(), torch.get_rng_state().tolist()))
-before = state()
-import data
-assert before == state() and threading.active_count() == 1
-"""
-
-
-def test_importing_starts_no_work_and_every_process_makes_the_same_examples(tmp_path, capsys):
+def test_every_process_makes_the_same_examples(capsys):
     env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}  # ours is another
-    argv = [sys.executable, "-c", CHECK + MAKE]
-    other = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
+    other = subprocess.run([sys.executable, "-c", MAKE], env=env, capture_output=True, text=True)
     exec(MAKE, {})
-    assert other.stdout == capsys.readouterr().out and other.stderr == ""
-    assert other.stdout.startswith("['<pad>', ") and not any(tmp_path.iterdir())
+    assert other.stdout == capsys.readouterr().out and other.stdout.startswith("['<pad>', ")
 
 
 BY_HAND = {  # prompt, answer, row. P0: codes of picture 0; P-: none; _17: so much <pad>; {}: chosen
