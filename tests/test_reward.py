@@ -7,16 +7,16 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import WORLD
+from conftest import WORLD, chosen_logprobs
 from test_data import says, scenes
 
 from data import (FASHION_CLASSES, KINDS, NOISE, Caption, Example, FashionMNIST, Mention,
-                  Object, edits, in_pool, parse_caption, pictures_of, render, scene_edits)
+                  Object, edits, in_pool, parse_caption, render, scene_edits)
 from eval import parse
 from reward import (CAPTION_EDITS, CLIP, DRAWING_EDITS, FLOOR, MIXES, REWARDS, SURE,
                     PreferenceModel, Rewards, agreement, clip_loss, clip_score, exact_match,
                     likelihood_contrast, log_multiplicity, make_pairs, match_logprob,
-                    pair_accuracy, pair_rewards, preference_loss, rank_pairs, set_anchor,
+                    pair_accuracy, pair_rewards, preference_loss, set_anchor,
                     text_ids, well_formed)
 
 TEXTS = ["a red circle", "a big blue square above a green triangle", "a red circle"]
@@ -50,15 +50,6 @@ def score(clip, vocab, picture, text):
     return sum(by_word) / len(words) / 2 + sum(by_patch) / len(image) / 2
 
 
-def taught(model, loss_of_step, steps, lr):
-    optimizer = torch.optim.Adam(model.parameters(), lr)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss_of_step().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-
 def test_similarity_matches_words_with_patches_and_patches_with_words(clip, vocab):
     texts = TEXTS[:2]  # of 3 and 8 words: the first is padded
     expected = torch.tensor([[score(clip, vocab, p, t) for t in texts] for p in PICTURES[:2]])
@@ -87,23 +78,6 @@ def test_the_contrastive_loss_has_equal_captions_as_positives_and_edits_as_negat
     assert loss.item() == pytest.approx(total / 6, abs=1e-5)  # (R2)
     right = [row.index(max(row)) in own for row, own in zip(table, same)]
     assert first.item() == pytest.approx(np.mean(right))
-
-
-def test_a_few_steps_teach_a_clip_which_caption_belongs_to_which_picture(vocab):
-    rng, ranked = random.Random(0), []
-    some = list({e.prompt: e for e in (WORLD.example(rng, "draw") for _ in range(16))}.values())
-    torch.manual_seed(0)
-    clip = CLIP(vocab.n_text, width=32, layers=1)
-
-    def step():
-        false = [t for e in some for t in WORLD.negatives(rng, e.prompt, 2)]
-        ids = text_ids(vocab, [e.prompt for e in some]), text_ids(vocab, false)
-        loss, first = clip_loss(clip, pictures_of(some), *ids)
-        ranked.append(float(first))
-        return loss
-
-    taught(clip, step, steps=50, lr=5e-3)
-    assert ranked[0] < 0.4 and np.mean(ranked[-5:]) > 0.7
 
 
 def test_a_match_is_the_log_share_of_a_text_among_its_different_edits(clip, vocab):
@@ -203,24 +177,22 @@ def test_a_short_training_ranks_pairs_that_were_never_seen(vocab):
     torch.manual_seed(0)
     model, rng = PreferenceModel(vocab.n_text, width=32, heads=2), random.Random(1)
     unseen = make_pairs(WORLD, random.Random(99), 400, noise=None)
-
-    def step():  # (R6)
-        return preference_loss(*model.pairs(vocab, make_pairs(WORLD, rng, 48, noise=None)))
-
-    taught(model, step, steps=100, lr=6e-3)
+    optimizer = torch.optim.Adam(model.parameters(), 6e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        preference_loss(*model.pairs(vocab, make_pairs(WORLD, rng, 48, noise=None))).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
     after = pair_accuracy(model, vocab, unseen)
     assert after["all"] > 0.65 and after["color"] > 0.7, after  # relation takes longer
-    with pytest.raises(ValueError, match="margin 0.0: expected more than 0"):
-        rank_pairs(torch.rand(2, 2), 0.0)
 
 
 ANSWERS = {  # text: (is its answer blue?, is it one thought, then one word?)
-    "<think> red circle : left </think> blue": (1, 1), "<think> blue </think> red": (0, 1),
-    "blue": (1, 0), "red": (0, 0), "": (0, 0), "blue blue": (0, 0), "dark-blue": (0, 0),
-    "<think>": (0, 0), "<think> blue": (0, 0), "<think> a blue": (0, 0), "a </think> blue": (1, 0),
-    "<think> blue </think>": (0, 0), "<think> </think> blue": (1, 0), "</think> <think> b": (0, 0),
-    "a <think> red </think> blue": (1, 0), "<think> red </think> blue blue": (0, 0),
-    "<think> <think> a </think> blue": (1, 0), "<think> a </think> b </think> blue": (1, 0),
+    "<think> a </think> blue": (1, 1), "<think> blue </think> red": (0, 1), "blue": (1, 0),
+    "": (0, 0), "dark-blue": (0, 0), "blue blue": (0, 0), "<think> a </think> blue blue": (0, 0),
+    "<think> blue": (0, 0), "<think> blue </think>": (0, 0), "<think> </think> blue": (1, 0),
+    "a <think> b </think> blue": (1, 0), "<think> <think> a </think> blue": (1, 0),
+    "<think> a </think> b </think> blue": (1, 0), "</think> <think> blue": (0, 0),
 }  # fmt: skip
 
 
@@ -306,14 +278,12 @@ def test_the_contrast_is_the_share_of_a_texts_likelihood_among_its_edits(model, 
     texts, edited = ["a red circle", "a big blue square"], [["a red square", "a circle"], []]
     pictures = PICTURES[:4]  # two a text
     found = likelihood_contrast(model, vocab, codebook, pictures, texts, edited)
-    layout, codes = vocab.layout("draw"), codebook.encode(pictures)
+    codes = codebook.encode(pictures)
 
     def logprob(i, text):
-        example, code = Example("draw", pictures[i : i + 1], text, ""), codes[i : i + 1]
-        rows = vocab.rows("draw", [example], code)
-        logits = model(rows[:, :-1], layout.patch[:-1])[0, layout.start - 1 :] @ model.head.T
-        chances = logits[:, vocab.n_text :].log_softmax(-1)
-        return sum(float(chances[k, code]) for k, code in enumerate(codes[i]))
+        example = Example("draw", pictures[i : i + 1], text, "")
+        (row,) = vocab.rows("draw", [example], codes[i : i + 1])
+        return sum(chosen_logprobs(model, vocab.layout("draw"), row))
 
     for i in range(4):
         every = [logprob(i, text) for text in (texts[i // 2], *edited[i // 2])]
