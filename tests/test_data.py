@@ -323,6 +323,8 @@ examples = [world.example(rng, task, noise=data.NOISE) for task in world.tasks]
 pictures = hashlib.md5(data.pictures_of(examples).tobytes()).hexdigest()
 print(words, [e[2:4] for e in examples], pictures, sorted(map(sorted, data.HELDOUT_PAIRS)))
 """
+
+
 def test_every_process_makes_the_same_examples(capsys):
     env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}  # ours is another
     other = subprocess.run([sys.executable, "-c", MAKE], env=env, capture_output=True, text=True)

@@ -57,6 +57,7 @@ def kmeans_step__unused_entries_become_zero(patches, entries):
     onehot = F.one_hot(torch.cdist(patches, entries).argmin(1), len(entries)).float()
     return onehot.T @ patches / onehot.sum(0).clamp(min=1)[:, None]
 
+
 wrong(
     "kmeans_step",
     in_place=lambda patches, entries: entries.copy_(right("kmeans_step")(patches, entries)),
@@ -104,6 +105,7 @@ def allowed_probs__masked_after_the_softmax(logits, first, last, temperature):
 def allowed_probs__logits_zero_outside(logits, first, last, temperature):
     ids = torch.arange(len(logits))
     return (logits / temperature * ((ids >= first) & (ids < last))).softmax(0)
+
 
 wrong(
     "allowed_probs",
@@ -317,6 +319,7 @@ def alarm__the_step_where_it_began(values, limit, patience):
 def diagnosis__two_logs_exchanged():
     logs = right("diagnosis")()
     return logs | {"B": logs["C"], "C": logs["B"]}
+
 
 wrong(
     "first_pass_gap",
