@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import WORLD, chosen_logprobs, lively
+from conftest import WORLD, chosen_logprobs
 from PIL import Image
 from test_data import says, scenes
 from test_reward import outputs_of
@@ -18,7 +18,7 @@ import eval as evaluation
 from data import (BACKGROUND, CELLS, COLORS, COUNTS, KINDS, Example, FashionMNIST, Object,
                   World, edits, parse_caption, render, scene_edits, true_caption)
 from eval import METRICS, Evaluator, WorldJudge, cell, consistent, load_picture, parse, statements
-from model import sample, save_tensors
+from model import sample
 from reward import CLIP
 
 CIRCLE, SQUARE = Object("red", "circle", "big", 0, 0), Object("blue", "square", "small", 1, 1)
@@ -282,29 +282,23 @@ def test_a_whole_evaluation_has_fronts_and_a_temperature_chosen_on_other_prompts
     assert measured["items"]["vqa"] == [1] * 16
 
 
-@pytest.fixture
-def run(tmp_path, vocab, codebook, monkeypatch):
-    config = {"tasks": "draw,caption,vqa", "data": "synthetic", "patch": 8, "width": 32}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"layers": 2, "heads": 4}))
-    vocab.tokenizer.save(str(tmp_path / "tokenizer.json"))
-    save_tensors({"entries": codebook.entries}, tmp_path / "codebook.safetensors")
-    save_tensors(lively(vocab, codebook, 1).state_dict(), tmp_path / "aligned.safetensors")
-    evaluation.save_picture(render([CIRCLE, SQUARE]), tmp_path / "in.PNG")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.mark.parametrize("task, prompt, argv", [
     ("draw", "a red circle", "--draw|A red circle!|--temperature|0|--out|x.png"),
     ("vqa", "what color is the circle ?", "--ask|What color is the circle?|--image|in.PNG"),
     ("caption", "", "--caption|in.PNG"),
 ])  # fmt: skip
-def test_a_run_chooses_what_its_model_does(run, vocab, codebook, command, task, prompt, argv):
-    done = command("eval.py", "--run", run, *argv.split("|"))
-    picture = render([CIRCLE, SQUARE])[None]
-    rows = vocab.rows(task, [Example(task, picture, prompt, "")], codebook.encode(picture))
-    tokens = sample(lively(vocab, codebook, 1), vocab.layout(task), rows, temperature=0.0)
-    (expected,) = evaluation.outputs(vocab.layout(task), tokens, vocab, codebook)
+def test_a_run_chooses_what_its_model_does(
+        smoke, tmp_path, monkeypatch, command, task, prompt, argv):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    picture = render([CIRCLE, SQUARE])
+    evaluation.save_picture(picture, "in.PNG")
+    done = command("eval.py", "--run", smoke, *argv.split("|"))
+    config, codebook, vocab = evaluation.load_run(smoke)
+    model, layout = evaluation.load_model(smoke, vocab, codebook, config), vocab.layout(task)
+    example = Example(task, picture[None], prompt, "")
+    rows = vocab.rows(task, [example], codebook.encode(example.pictures))
+    tokens = sample(model, layout, rows, temperature=0.0)
+    (expected,) = evaluation.outputs(layout, tokens, vocab, codebook)
     answer = [load_picture("x.png")] if task == "draw" else done.out.rstrip("\n")
     assert done.status == 0 and np.array_equal(answer, expected)
 
