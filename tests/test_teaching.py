@@ -176,7 +176,6 @@ ZOO = {  # a wrong answer: (the part of the points that is left in its question,
     "its own width": (15, "def dr_grpo_mean(x, m, t):\n return np.where(m, x, 0).sum() / m.size"),
     "a row each": (15, "def dr_grpo_mean(x, m, t):\n return np.where(m, x, 0).sum(1) / t"),
     "a word too few": (20, "def cheat(v):\n return v[1:]"),
-    "one text": (20, "def cheat(v):\n return ' '.join(v)"),
     "still naive": (5, "def patched_reward(k, a):\n return float(np.mean([w in a for w in k]))"),
     "exact match": (5, "def patched_reward(k, a):\n return float(sorted(k) == sorted(a))"),
     "precision": (5, "def patched_reward(k, a):\n return sum(w in k for w in a) / max(len(a), 1)"),
@@ -184,7 +183,6 @@ ZOO = {  # a wrong answer: (the part of the points that is left in its question,
     "a mild fine": (5, "def patched_reward(k, a):\n more = max(len(a) - len(k), 0)\n"
                        " shared = sum((Counter(k) & Counter(a)).values())\n"
                        " return max(0, shared / len(k) - more / 99)"),
-    "length only": (5, "def patched_reward(k, a):\n return min(1, len(k) / max(len(a), 1))"),
     "in order": (5, "def patched_reward(k, a):\n"
                     " return sum(x == y for x, y in zip(k, a)) / max(len(k), len(a))"),
     "sorts its input": (5, "old = patched_reward\ndef patched_reward(k, a):\n"
@@ -229,9 +227,10 @@ def test_equal_words_count_however_the_partial_credit_is_made():
 
 
 def grader(folder, text, *options):
-    """The autograder as a command on a submission."""
+    """The autograder as a command on a submission; None: there is no such file."""
     path = folder / "submission.py"
-    path.write_text(text, encoding="utf-8")
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
     argv = [sys.executable, TEACHING / "autograder.py", path, *options]
     return subprocess.run([*map(str, argv)], capture_output=True, text=True, timeout=60)
 
@@ -257,20 +256,15 @@ def compare(a, b):
     assert lines[-1] == "total 45/100"
 
 
-@pytest.mark.parametrize("text,word", [("def f(:\n", "SyntaxError"), ("import nowhere", "nowhere"),
-                                       ("raise SystemExit(0)", "SystemExit")])  # fmt: skip
-def test_a_file_that_cannot_be_imported_is_one_clear_line_and_status_2(tmp_path, text, word):
-    done = grader(tmp_path, text)
+@pytest.mark.parametrize("text, says, options", [
+    ("def f(:\n", "SyntaxError", ()), ("import nowhere", "nowhere", ()), (None, "no such file", ()),
+    ("raise SystemExit(0)", "SystemExit", ()),
+    ("while True: pass", "longer than 1 s", ("--limit", "1")),
+])  # fmt: skip
+def test_a_file_that_cannot_be_imported_is_one_line_and_status_2(tmp_path, text, says, options):
+    done = grader(tmp_path, text, *options)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and word in done.stderr and "Traceback" not in done.stderr
-
-
-def test_an_import_without_an_end_and_a_missing_file_are_refused_as_well(tmp_path):
-    done = grader(tmp_path, "while True: pass", "--limit", "1")
-    assert done.returncode == 2 and "longer than 1 s" in done.stderr
-    argv = [sys.executable, str(TEACHING / "autograder.py"), str(tmp_path / "none.py")]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 2 and "no such file" in done.stderr
+    assert done.stderr.count("\n") == 1 and says in done.stderr
 
 
 def test_the_tables_of_students_t_agree():
@@ -319,17 +313,13 @@ def test_the_reading_list_has_twenty_papers_with_numbers_and_what_stands_here():
         assert flag.replace("-", "_") in code, flag
 
 
-def test_the_colab_cell_needs_an_address_and_is_python(capsys, monkeypatch):
+def test_the_colab_cell_needs_an_address_and_is_python():
     cell = colab.first_cell("https://example.org/a/b")
     ast.parse(cell)
     assert 'REPOSITORY, FOLDER = "https://example.org/a/b"' in cell
     for bad in ("", 'x"; import os', "a\nb"):
         with pytest.raises(ValueError, match="address"):
             colab.first_cell(bad)
-    monkeypatch.setattr(sys, "argv", ["colab.py", "--repository", ""])
-    with pytest.raises(SystemExit, match="2"):
-        colab.main()
-    assert capsys.readouterr().err.startswith("colab.py: no address")
     required = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     assert set(re.findall(r"^(\w+)", required, re.M)) <= set(re.findall(r'"(\w+)": "', cell))
 
