@@ -1,5 +1,8 @@
 """Whatever is typed, missing or damaged: one line that names what is wrong, and status 2."""
 
+import fcntl
+import io
+import itertools
 import json
 import os
 import re
@@ -8,15 +11,19 @@ import shutil
 import stat
 import subprocess
 import sys
+import termios
 import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_train import TINY, read_json
+from test_train import TINY, read_json, run_like
 
+import eval as evaluation
 import train
 
 NEW = "train.py --preset smoke --device cpu --out {top}/new "
@@ -190,3 +197,47 @@ def test_commits_are_marked_where_files_changed_and_commands_quoted(tmp_path, mo
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", "my runs/a"])
     described = train.describe(SimpleNamespace(reason="cpu"))
     assert described["commit"] == "" and shlex.split(described["command"])[1:] == sys.argv
+
+
+def test_every_picture_format_is_written_or_refused_in_one_line(tmp_path):
+    Image.init()
+    for number, ending in enumerate([*Image.EXTENSION, ".PNG", ""]):
+        path = tmp_path / f"{number}{ending}"
+        try:
+            evaluation.save_picture(np.zeros((32, 32, 3), np.uint8), path)
+            assert path.is_file()
+        except ValueError as error:
+            assert not path.exists() and "\n" not in str(error) and ending != ".PNG"
+    assert not list(tmp_path.glob("writing-*"))
+
+
+def test_an_ascii_console_shows_tables_and_help_even_without_docstrings(smoke, tmp_path):
+    result = read_json(smoke / "eval.json")
+    for seed in (0, 1):  # two seeds have an interval: ±
+        (tmp_path / str(seed)).mkdir()
+        result["meta"]["seed"] = seed
+        (tmp_path / str(seed) / "eval.json").write_text(json.dumps(result))
+    script = "import runpy, sys; sys.path[0] = '.'\nfor sys.argv in {!r}:\n  try:"
+    script += " runpy.run_path(sys.argv[0], run_name='__main__')\n  except SystemExit: pass"
+    commands = [["eval.py", "--compare", f"{tmp_path}/0", f"{tmp_path}/1"], ["train.py", "--help"]]
+    done = subprocess.run([sys.executable, "-OO", "-c", script.format(commands)], cwd=ROOT,
+                          capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert b"0.000 ? 0.000" in done.stdout and b"--grpo" in done.stdout
+
+
+@pytest.mark.parametrize("terminal, states", [(True, 15), (False, 4)])
+def test_progress_fits_80_columns_and_a_log_gets_few_lines(
+        smoke, tmp_path, monkeypatch, terminal, states):  # fmt: skip
+    run, (master, slave), clock = run_like(smoke, tmp_path / "run"), os.openpty(), itertools.count()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, bytes([24, 0, 80, 0, 0, 0, 0, 0]))  # rows, columns
+    row = dict(loss=-1.2345e-5, reward_draw=-2.3456, kl_draw=1.2345e-5, r1=0.12345)
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock) / 10)
+    with open(slave, "w") if terminal else io.StringIO() as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        train.fit(run, "preference", run.policy(), 100, 1e-3, lambda step, update: row)
+        stream.flush()
+        shown = os.read(master, 2**16).decode() if terminal else stream.getvalue()
+    shown = re.split(r"[\r\n]+", shown.strip())
+    assert 2 <= len(shown) <= states and "100/100" in shown[-1]
+    assert not terminal or max(map(len, shown)) <= 80

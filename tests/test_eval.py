@@ -348,3 +348,21 @@ def test_runs_are_compared_as_by_hand(tmp_path, command):
     # From 0.2 to 0.4: 0.9 to 0.8 less 0.7333 to 0.6. From 0.3 to 0.5: 0.85 to 0.75, 0.9 to 0.3.
     gaps = ["-", "-", "-", "0.183 ± 0.000", "0.200 ± 0.000"]
     assert table["compose @ equal diversity"] == gaps
+
+
+@pytest.mark.parametrize("task", ["draw", "caption", "story"])
+def test_outputs_and_examples_of_different_numbers_are_our_mistake(task):
+    e = WORLD.example(random.Random(0), task)
+    with pytest.raises(AssertionError):
+        getattr(WorldJudge(), task)([e] * 2, outputs_of([e]))
+
+
+def test_likely_texts_and_plain_pictures_have_no_advantage_in_retrieval(of, monkeypatch):
+    """What is likely with any partner is divided out, each direction along its own axis."""
+    likely = 9.0 * (torch.arange(64) % 5)
+    captioned = torch.eye(64) + likely  # (pictures, texts): some texts are likely
+    drawn = torch.eye(64) + likely  # (texts, pictures): some pictures are likely
+    monkeypatch.setattr(evaluation, "caption_logprobs", lambda *_: captioned.double().numpy())
+    monkeypatch.setattr(evaluation, "drawing_logprobs", lambda *_: drawn.double())
+    shares = evaluation.retrievals(of(n=64))
+    assert all((share == 1).all() for share in shares.values()) and len(shares) == 3

@@ -425,3 +425,9 @@ def test_one_model_learns_all_tasks_of_all_data_sets_from_mixed_rewards(clothes,
         result = read_json(folder / "eval.json")["sources"][name]["aligned"]
         assert sum(cell is not None for g in result.values() for cell in g.values()) >= metrics
     assert all(rows_of(folder)[-1][f"reward_{task}"] for task in train.GRPO_TASKS)
+
+
+def test_an_aligned_checkpoint_holds_the_transformer_and_nothing_else(smoke):
+    run = train.Run(train.resumed({"resume": True, "out": str(smoke), "preset": "smoke"}))
+    run.load_tokens()
+    assert load_file(smoke / "aligned.safetensors").keys() == run.policy().state_dict().keys()
