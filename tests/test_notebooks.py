@@ -20,7 +20,7 @@ import checks
 import course
 import hints
 import run
-import wrong_answers
+from wrong_answers import ANSWERS
 
 import grpo
 
@@ -109,21 +109,18 @@ def test_a_solution_passes_and_the_stub_and_a_nearly_right_answer_fail_with_word
         assert state in ("open", "not yet") and len(words) > 10 and course.use(wrong) is not wrong
 
 
-WRONG = [name for name in vars(wrong_answers) if "__" in name.strip("_")]
-
-
 def test_every_check_has_at_least_two_wrong_answers_to_refuse():
-    exercises = [name.split("__")[0] for name in WRONG]
+    exercises = [name.split("__")[0] for name in ANSWERS]
     assert set(exercises) == {name for _, name in EXERCISES}
     for _, name in EXERCISES:
         assert exercises.count(name) >= 2, name
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", ANSWERS)
 def test_a_plausible_wrong_answer_is_refused_in_a_line_that_says_what_is_wrong(name):
     exercise = name.split("__")[0]
     with pytest.raises(AssertionError) as refused:  # not a crash inside the answer
-        getattr(checks, exercise)(getattr(wrong_answers, name))
+        getattr(checks, exercise)(ANSWERS[name])
     words = str(refused.value).splitlines()[0]
     assert 10 < len(words) < 130
     told = {step for steps in hints.HINTS.values() for step in steps}
