@@ -309,8 +309,8 @@ def edits(caption):
 def scene_edits(scene):
     """Yield every (kind, scene) that is one small edit away; kinds as in `edits`.
 
-    Except: "relation" lets two objects exchange cells, and "twice" adds a kind that is
-    already there, which never happens in a true scene.
+    Except: "relation" lets two objects exchange cells, and "twice" adds a kind that is already
+    there, which never happens in a true scene.
 
     >>> scene = [Object("red", "circle", "big", 0, 0)]
     >>> [edited[0].kind for kind, edited in scene_edits(scene) if kind == "shape"]

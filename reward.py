@@ -213,9 +213,9 @@ def captioned(source, rng, pool="paired", noise=None, split="train", stories=Fal
 
 def perturb_world(rng, scene, text, direction, pool):
     """(kind, picture, text, clean) of the worse side, by a random kind of edit; None if none is
-    legal. A legal edit stays in the pool and its number of objects (what only ever loses would be
-    learned as bad), and does not make both sides true. A noisy text that is already false is
-    kept: that is the noise."""
+    legal. A legal edit stays in the pool and within its number of objects (what only ever loses
+    would be learned as bad), and does not make both sides true. A noisy text that is already false
+    is kept: that is the noise."""
     caption = parse_caption(text)
     clean = caption.holds(scene)
     ways = by_kind(edits(caption) if direction == "caption" else scene_edits(scene))
