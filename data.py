@@ -342,13 +342,13 @@ def by_kind(pairs):
 
 
 @functools.lru_cache(16384)
-def legal_edits(text, held_out, longest):
+def legal_edits(text, allow_held_out, longest):
     """The legal edits of a caption as texts, one list per kind; [] if the text is not a caption.
     World.negatives says what is legal."""
     caption, legal = parse_caption(text), []
     for kind, e in edits(caption) if caption else ():
         long = kind == "add" and len(e.mentions) > longest
-        if not long and (not held_out or in_pool("three", e.kinds)):
+        if not long and (allow_held_out or in_pool("three", e.kinds)):
             legal.append((kind, e.text()))
     return list(by_kind(legal).values())
 
@@ -623,12 +623,13 @@ class World:
         pools = ("paired",) * 3 + ("prompted",) * 2 + ("three",) * 5
         return rng.choice(pools if task == "draw" else ("paired", "three"))
 
-    def negatives(self, rng, text, n, held_out=True, longest=3):
+    def negatives(self, rng, text, n, allow_held_out=False, longest=3):
         """Up to n hard negatives: captions one edit away, every kind of edit equally likely; []
-        for other texts. None names a held-out pair, unless held_out is False, or adds an object
+        for other texts. None names a held-out pair, unless that is allowed, or adds an object
         beyond `longest`. (If no true caption names three objects, no false one may: a reward
         would learn that three is wrong.)"""
-        kinds = [rng.sample(texts, len(texts)) for texts in legal_edits(text, held_out, longest)]
+        legal = legal_edits(text, allow_held_out, longest)
+        kinds = [rng.sample(texts, len(texts)) for texts in legal]
         rng.shuffle(kinds)  # one edit of each kind before a second of any
         in_turns = itertools.chain(*itertools.zip_longest(*kinds))
         return list(dict.fromkeys(edited for edited in in_turns if edited))[:n]
@@ -647,7 +648,146 @@ class World:
         return [Example("caption", render(s)[None], "", c.text(), (s, c)) for s, c in pairs]
 
 
+# ------------------------------------------------ one row of tokens per task
+
+# Spans: a token, a picture (P codes), or a text:WIDTH in tokens. The policy chooses those with ?.
+LAYOUTS = {
+    "draw": "<draw> prompt:20 <image> picture?",
+    "caption": "<caption> <image> picture <answer> text:20?",
+    "vqa": "<vqa> <image> picture prompt:14 <answer> text:3?",
+    "multihop": "<multihop> <image> picture prompt:14 <answer> text:31?",
+    "verify": "<verify>" + 3 * " <image> picture" + " prompt:16 <answer> text:3?",
+    "story": "<story>" + 3 * " prompt:18 <image> picture?",
+    "text": "<text> text:20?",
+}
+SPECIAL = ("<pad>", "<image>", "<answer>", *(f"<{task}>" for task in LAYOUTS), "<eos>")
+SPECIAL += (THINK, END_THINK)
+PAD, EOS = SPECIAL.index("<pad>"), SPECIAL.index("<eos>")  # a text may choose ids from <eos> on
+
+
+class Span(NamedTuple):
+    """Adjacent columns of a row. kind: prompt, text, picture, or the special token itself."""
+
+    kind: str
+    start: int
+    end: int
+    chosen: bool
+
+
+class Layout:
+    """The columns of a task's row. start: the first column that the policy chooses; chosen (L,)
+    bool: all of them; patch (L,) int64: which patch of a picture, -1 in a text; first, last: ids
+    with first <= id < last may be chosen."""
+
+    def __init__(self, task, n_patches, n_text, size, device="cpu"):
+        self.task, self.spans, end = task, [], 0
+        for word in LAYOUTS[task].split():
+            kind, _, width = word.rstrip("?").partition(":")
+            start, end = end, end + (n_patches if kind == "picture" else int(width or 1))
+            self.spans.append(Span(kind, start, end, word.endswith("?")))
+        self.length, self.patch = end, torch.full((end,), -1, device=device)
+        self.chosen = torch.zeros(end, dtype=torch.bool, device=device)
+        for span in self.spans:
+            self.chosen[span.start : span.end] = span.chosen
+            if span.kind == "picture":
+                self.patch[span.start : span.end] = torch.arange(n_patches)
+        self.columns = [c for s in self.spans if s.chosen for c in range(s.start, s.end)]
+        self.index = torch.tensor(self.columns, device=device)
+        self.start, self.draws = self.columns[0], self.spans[-1].kind == "picture"
+        self.first, self.last = (n_text, size) if self.draws else (EOS, n_text)
+
+    def drop_prompt(self, tokens, rows):
+        """Tokens (N, L) with all given words and codes replaced by <pad> in `rows`, (N,) bool."""
+        given = ~self.chosen & (tokens >= EOS)
+        return tokens.masked_fill(given & rows[:, None], PAD)
+
+
+def moved(tensor, device):
+    """Copy a CPU tensor to a device, without waiting for the work that a GPU still has to do."""
+    return tensor.to(device, non_blocking=True)
+
+
+class Vocabulary:
+    """Words first, then picture codes, in one id space. n_codes: entries of the codebook;
+    n_patches: P; size: V."""
+
+    def __init__(self, tokenizer, n_codes, n_patches):
+        self.tokenizer, self.ids = tokenizer, tokenizer.get_vocab()
+        self.words = sorted(self.ids, key=self.ids.get)
+        self.n_text, self.n_codes, self.n_patches = len(self.words), n_codes, n_patches
+        self.size = self.n_text + n_codes
+        self._layouts = {}
+
+    @staticmethod
+    def build(texts, n_codes, n_patches):
+        """The vocabulary of all words in an iterable of texts."""
+        words = {word for text in texts for word in text.split()}
+        ids = {word: i for i, word in enumerate([*SPECIAL, *sorted(words - set(SPECIAL))])}
+        tokenizer = Tokenizer(models.WordLevel(ids, "<pad>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return Vocabulary(tokenizer, n_codes, n_patches)
+
+    def layout(self, task, device="cpu"):
+        """The Layout of a task, made once per device."""
+        key = task, str(device)
+        if key not in self._layouts:
+            self._layouts[key] = Layout(task, self.n_patches, self.n_text, self.size, device)
+        return self._layouts[key]
+
+    def encode(self, text, width=None):
+        """Ids of a text, padded with <pad> to `width`. ValueError for unknown or too many words."""
+        words = text.split()
+        unknown = [word for word in words if word not in self.ids]
+        if unknown:
+            known = " ".join(self.words[len(SPECIAL) :])
+            names = ", ".join(repr(word[:40]) for word in unknown[:5])
+            raise ValueError(f"unknown word(s) {names}; this model knows: {known}")
+        ids = [self.ids[word] for word in words]
+        if width is not None and len(ids) > width:
+            raise ValueError(f"{len(ids)} tokens where {width} fit: {text[:200]!r}")
+        return ids if width is None else ids + [PAD] * (width - len(ids))
+
+    def decode(self, ids):
+        """The text of token ids up to the first <eos>; <pad> and picture codes are left out."""
+        ids = [int(i) for i in ids]
+        ids = ids[: ids.index(EOS)] if EOS in ids else ids
+        return " ".join(self.words[i] for i in ids if PAD < i < self.n_text)
+
+    def rows(self, task, examples, codes):
+        """Token rows (N, L) int64 of N examples of one task, with their reference answers.
+
+        codes (M, P) in [0, n_codes) are those of `pictures_of(examples)`; the rows are on their
+        device. Missing pictures become <pad>."""
+        layout, lengths = self.layout(task), [len(e.pictures) for e in examples]
+        ends = list(itertools.accumulate(lengths))
+        assert len(codes) == ends[-1], (len(codes), ends[-1])
+        tokens = torch.full((len(examples), layout.length), PAD)
+        several = sum(span.kind == "prompt" for span in layout.spans) > 1
+        sentence, places = 0, []
+        for kind, start, end, chosen in layout.spans:
+            if kind == "picture":
+                places.append((start, end))
+            elif kind in SPECIAL:
+                tokens[:, start] = self.ids[kind]
+            else:
+                texts = [f"{e.answer} <eos>" if chosen else e.prompt for e in examples]
+                texts = [text.split(" . ")[sentence] for text in texts] if several else texts
+                tokens[:, start:end] = torch.tensor([self.encode(t, end - start) for t in texts])
+                sentence += kind == "prompt"
+        # The index of each example's pictures among the codes; -1, the last row, is <pad>.
+        index = [[end - n + k if k < n else -1 for k in range(len(places))]
+                 for n, end in zip(lengths, ends)]
+        tokens, index = moved(tokens, codes.device), moved(torch.tensor(index), codes.device)
+        absent = codes.new_full((1, self.n_patches), PAD)
+        pictures = torch.cat((codes + self.n_text, absent))
+        for k, (start, end) in enumerate(places):
+            tokens[:, start:end] = pictures[index[:, k]]
+        return tokens
+
+
 # ------------------------------------------------ public data, in the official formats
+
+# A first reading may stop here: what follows are two more sources, and the files they read.
 
 FASHION_CLASSES = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
 SHAPES_SPLITS = ("train.tiny", "train.small", "train.med", "train.large", "val", "test")
@@ -827,7 +967,7 @@ class FashionMNIST:
     def prompt_pool(self, rng, task):
         return "paired"
 
-    def negatives(self, rng, text, n, held_out=True, longest=3):
+    def negatives(self, rng, text, n, allow_held_out=False, longest=3):
         """Up to n captions of other classes in the same phrase; [] if the text is not a caption."""
         start, _, name = text.rpartition(" ")
         if name not in FASHION_CLASSES or f"{start} {{}}" not in self.phrases:
@@ -980,143 +1120,6 @@ def make_sources(names, data_dir, jitter=0, fetch_missing=False):
         synthetic = name == "synthetic"
         sources.append(World(jitter) if synthetic else SOURCES[name](Path(data_dir) / name))
     return sources
-
-
-# ------------------------------------------------ one row of tokens per task
-
-# Spans: a token, a picture (P codes), or a text:WIDTH in tokens. The policy chooses those with ?.
-LAYOUTS = {
-    "draw": "<draw> prompt:20 <image> picture?",
-    "caption": "<caption> <image> picture <answer> text:20?",
-    "vqa": "<vqa> <image> picture prompt:14 <answer> text:3?",
-    "multihop": "<multihop> <image> picture prompt:14 <answer> text:31?",
-    "verify": "<verify>" + 3 * " <image> picture" + " prompt:16 <answer> text:3?",
-    "story": "<story>" + 3 * " prompt:18 <image> picture?",
-    "text": "<text> text:20?",
-}
-SPECIAL = ("<pad>", "<image>", "<answer>", *(f"<{task}>" for task in LAYOUTS), "<eos>")
-SPECIAL += (THINK, END_THINK)
-PAD, EOS = SPECIAL.index("<pad>"), SPECIAL.index("<eos>")  # a text may choose ids from <eos> on
-
-
-class Span(NamedTuple):
-    """Adjacent columns of a row. kind: prompt, text, picture, or the special token itself."""
-
-    kind: str
-    start: int
-    end: int
-    chosen: bool
-
-
-class Layout:
-    """The columns of a task's row. start: the first column that the policy chooses; chosen (L,)
-    bool: all of them; patch (L,) int64: which patch of a picture, -1 in a text; first, last: ids
-    with first <= id < last may be chosen."""
-
-    def __init__(self, task, n_patches, n_text, size, device="cpu"):
-        self.task, self.spans, end = task, [], 0
-        for word in LAYOUTS[task].split():
-            kind, _, width = word.rstrip("?").partition(":")
-            start, end = end, end + (n_patches if kind == "picture" else int(width or 1))
-            self.spans.append(Span(kind, start, end, word.endswith("?")))
-        self.length, self.patch = end, torch.full((end,), -1, device=device)
-        self.chosen = torch.zeros(end, dtype=torch.bool, device=device)
-        for span in self.spans:
-            self.chosen[span.start : span.end] = span.chosen
-            if span.kind == "picture":
-                self.patch[span.start : span.end] = torch.arange(n_patches)
-        self.columns = [c for s in self.spans if s.chosen for c in range(s.start, s.end)]
-        self.index = torch.tensor(self.columns, device=device)
-        self.start, self.draws = self.columns[0], self.spans[-1].kind == "picture"
-        self.first, self.last = (n_text, size) if self.draws else (EOS, n_text)
-
-    def drop_prompt(self, tokens, rows):
-        """Tokens (N, L) with all given words and codes replaced by <pad> in `rows`, (N,) bool."""
-        given = ~self.chosen & (tokens >= EOS)
-        return tokens.masked_fill(given & rows[:, None], PAD)
-
-
-def moved(tensor, device):
-    """Copy a CPU tensor to a device, without waiting for the work that a GPU still has to do."""
-    return tensor.to(device, non_blocking=True)
-
-
-class Vocabulary:
-    """Words first, then picture codes, in one id space. n_codes: entries of the codebook;
-    n_patches: P; size: V."""
-
-    def __init__(self, tokenizer, n_codes, n_patches):
-        self.tokenizer, self.ids = tokenizer, tokenizer.get_vocab()
-        self.words = sorted(self.ids, key=self.ids.get)
-        self.n_text, self.n_codes, self.n_patches = len(self.words), n_codes, n_patches
-        self.size = self.n_text + n_codes
-        self._layouts = {}
-
-    @staticmethod
-    def build(texts, n_codes, n_patches):
-        """The vocabulary of all words in an iterable of texts."""
-        words = {word for text in texts for word in text.split()}
-        ids = {word: i for i, word in enumerate([*SPECIAL, *sorted(words - set(SPECIAL))])}
-        tokenizer = Tokenizer(models.WordLevel(ids, "<pad>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        return Vocabulary(tokenizer, n_codes, n_patches)
-
-    def layout(self, task, device="cpu"):
-        """The Layout of a task, made once per device."""
-        key = task, str(device)
-        if key not in self._layouts:
-            self._layouts[key] = Layout(task, self.n_patches, self.n_text, self.size, device)
-        return self._layouts[key]
-
-    def encode(self, text, width=None):
-        """Ids of a text, padded with <pad> to `width`. ValueError for unknown or too many words."""
-        words = text.split()
-        unknown = [word for word in words if word not in self.ids]
-        if unknown:
-            known = " ".join(self.words[len(SPECIAL) :])
-            names = ", ".join(repr(word[:40]) for word in unknown[:5])
-            raise ValueError(f"unknown word(s) {names}; this model knows: {known}")
-        ids = [self.ids[word] for word in words]
-        if width is not None and len(ids) > width:
-            raise ValueError(f"{len(ids)} tokens where {width} fit: {text[:200]!r}")
-        return ids if width is None else ids + [PAD] * (width - len(ids))
-
-    def decode(self, ids):
-        """The text of token ids up to the first <eos>; <pad> and picture codes are left out."""
-        ids = [int(i) for i in ids]
-        ids = ids[: ids.index(EOS)] if EOS in ids else ids
-        return " ".join(self.words[i] for i in ids if PAD < i < self.n_text)
-
-    def rows(self, task, examples, codes):
-        """Token rows (N, L) int64 of N examples of one task, with their reference answers.
-
-        codes (M, P) in [0, n_codes) are those of `pictures_of(examples)`; the rows are on their
-        device. Missing pictures become <pad>."""
-        layout, lengths = self.layout(task), [len(e.pictures) for e in examples]
-        ends = list(itertools.accumulate(lengths))
-        assert len(codes) == ends[-1], (len(codes), ends[-1])
-        tokens = torch.full((len(examples), layout.length), PAD)
-        several = sum(span.kind == "prompt" for span in layout.spans) > 1
-        sentence, places = 0, []
-        for kind, start, end, chosen in layout.spans:
-            if kind == "picture":
-                places.append((start, end))
-            elif kind in SPECIAL:
-                tokens[:, start] = self.ids[kind]
-            else:
-                texts = [f"{e.answer} <eos>" if chosen else e.prompt for e in examples]
-                texts = [text.split(" . ")[sentence] for text in texts] if several else texts
-                tokens[:, start:end] = torch.tensor([self.encode(t, end - start) for t in texts])
-                sentence += kind == "prompt"
-        # The index of each example's pictures among the codes; -1, the last row, is <pad>.
-        index = [[end - n + k if k < n else -1 for k in range(len(places))]
-                 for n, end in zip(lengths, ends)]
-        tokens, index = moved(tokens, codes.device), moved(torch.tensor(index), codes.device)
-        absent = codes.new_full((1, self.n_patches), PAD)
-        pictures = torch.cat((codes + self.n_text, absent))
-        for k, (start, end) in enumerate(places):
-            tokens[:, start:end] = pictures[index[:, k]]
-        return tokens
 
 
 # ------------------------------------------------ try it

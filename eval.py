@@ -388,6 +388,10 @@ class Evaluator:
         """`group` outputs per example, in order: pictures (N, n, S, S, 3) uint8, or N texts."""
         if self.rewards and examples[0].task in ("draw", "caption"):
             return self.best_outputs(examples, temperature, group, seed)
+        return self.sampled_outputs(examples, temperature, group, seed)
+
+    def sampled_outputs(self, examples, temperature, group, seed):
+        """As `outputs`, without a choice by rewards."""
         device, task, parts = self.model.head.device, examples[0].task, []
         layout, chance = self.vocab.layout(task, device), torch.Generator(device).manual_seed(seed)
         size = max(BATCH[device.type == "cuda"] // group, 1)
@@ -406,8 +410,8 @@ class Evaluator:
     def best_outputs(self, examples, temperature, group, seed):
         """As `outputs`, each the best of several by the reward. At temperature 0 all samples
         would be equal, so it becomes 1."""
-        plain = Evaluator(self.model, self.vocab, self.codebook, self.source, None)
-        samples = plain.outputs(examples, temperature or 1.0, group * self.choices, seed)
+        n = group * self.choices
+        samples = self.sampled_outputs(examples, temperature or 1.0, n, seed)
         repeated, best = [e for e in examples for _ in range(group)], []
         for start in range(0, len(repeated), 128):
             batch, first = repeated[start : start + 128], start * self.choices

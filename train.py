@@ -59,7 +59,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import eval as evaluation
-from data import NOISE, SOURCES, Layout, Vocabulary, at_once, make_sources, moved, pictures_of
+from data import (COUNTS, NOISE, SOURCES, Layout, Vocabulary, at_once, make_sources, moved,
+                  pictures_of)
 from grpo import (combine_rewards, contrastive_loss, dpo_loss, group_advantages, grpo_loss,
                   look_back, masked_code_loss, pairwise_advantages, reduce_tokens, rejection_loss)
 from kernels import fused_linear_grpo_loss, maybe_compile, selected_logprobs
@@ -162,7 +163,6 @@ GRPO_TASKS = {
 }  # fmt: skip
 ANSWERED = ("vqa", "multihop", "verify")  # tasks whose reward compares with a key
 MAY_BE_ZERO = ("seed", "threads", "extra_steps", "kl_coef", "ptx_coef", "contrast", "rarity")
-MOST_CODES, CLIP_EDITS, REWARD_LR, PAIRS = 1024, 4, 3e-3, 32
 
 
 def parse_flags(argv=None):
@@ -545,6 +545,8 @@ def go_on(run):
 
 # ------------------------------------------------ codebook and pre-training
 
+MOST_CODES = 1024
+
 
 def fit_codebook(run):
     """Fit the codebook and the vocabulary on all data sets."""
@@ -670,22 +672,25 @@ def pretrain(run):
 
 # ------------------------------------------------ the reward's networks
 
+REWARD_LR, CLIP_EDITS, PAIRS = 3e-3, 4, 32  # peak; hard negatives per caption; preferences per step
+
 
 def train_clip(run):
     """Train the reward's CLIP on noisy pairs, and one for reports on clean pairs of all pools."""
     sources, steps = run.sources_of("draw", "caption", "story"), run.config.clip_steps
     if sources:
         all_pools, fewer = ("paired", "prompted", "three", "heldout"), steps * 2 // 5
-        fit_clip(run, "clip", sources, steps, NOISE, ("paired",), held_out=True, longest=2)
-        fit_clip(run, "clip_report", sources, fewer, None, all_pools, held_out=False, longest=3)
+        fit_clip(run, "clip", sources, steps, NOISE, ("paired",))
+        fit_clip(run, "clip_report", sources, fewer, None, all_pools)
     write_json(run.folder / "reward_validity.json", check_reward(run, "rule") if sources else {})
 
 
-def fit_clip(run, stage, sources, steps, noise, pools, held_out, longest):
-    """Train a CLIP on pairs of these pools. For held_out and longest see World.negatives."""
+def fit_clip(run, stage, sources, steps, noise, pools):
+    """Train a CLIP on pairs of these pools; its hard negatives might be of them, too."""
     c, path = run.config, run.folder / f"{stage}.safetensors"
     if path.exists():
         return  # an interrupted stage continues with the second one
+    limits = "heldout" in pools, max(max(COUNTS[pool]) for pool in pools)
     torch.manual_seed(run.rng(stage).getrandbits(60))
     clip = CLIP(run.vocab.n_text, c.patch, width=c.clip_width).to(run.device)
 
@@ -696,7 +701,7 @@ def fit_clip(run, stage, sources, steps, noise, pools, held_out, longest):
             source = rng.choice(sources)
             stories = "story" in run.tasks(source)
             picture, text, _ = captioned(source, rng, rng.choice(pools), noise, stories=stories)
-            false = source.negatives(rng, text, CLIP_EDITS, held_out, longest)
+            false = source.negatives(rng, text, CLIP_EDITS, *limits)
             edits += false + [rng.choice(false) for _ in range(CLIP_EDITS - len(false))]
             pictures.append(picture)
             texts.append(text)
@@ -1062,6 +1067,9 @@ def evaluate(run):
     write_json(run.folder / "eval.json", evaluation.joined(results, meta))
 
 
+MEASURED_ALIKE = ("seed", "data", "tasks", "eval_items", "eval_prompts")
+
+
 def base_measured(c):
     """{source: result of `evaluation.evaluate` for the base}, reused from the run --base if this
     commit evaluated it on the same scenes; else {}."""
@@ -1117,7 +1125,6 @@ def write_config(run):
     write_json(run.folder / "config.json", settings)
 
 
-MEASURED_ALIKE = ("seed", "data", "tasks", "eval_items", "eval_prompts")
 INHERITED = ("data", "tasks", "patch", "jitter", "width", "layers", "heads", "clip_width")
 
 

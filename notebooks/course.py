@@ -211,8 +211,8 @@ class OneObject(World):
         prompt, answer = (text, "") if task == "draw" else ("", text)
         return Example(task, render(scene)[None], prompt, answer, (scene, caption))
 
-    def negatives(self, rng, text, n, held_out=True, longest=1):
-        return super().negatives(rng, text, n, held_out, longest)
+    def negatives(self, rng, text, n, allow_held_out=False, longest=1):
+        return super().negatives(rng, text, n, allow_held_out, longest)
 
 
 def tokens_of(source, n=600):

@@ -15,7 +15,7 @@ from conftest import ROOT
 import eval as evaluation
 import train
 
-BUDGETS = dict(data=1150, model=450, reward=510, grpo=390, kernels=260, eval=1000, train=1270)
+BUDGETS = dict(data=1150, model=450, reward=510, grpo=390, kernels=260, eval=1000, train=1280)
 MAY_IMPORT = dict(data="", model="data", reward="model data", grpo="model data",
                   kernels="grpo model", eval="data model reward grpo kernels",
                   train="data model reward grpo kernels eval")  # fmt: skip
