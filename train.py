@@ -839,8 +839,6 @@ def grpo_step(run, policy, reference, reward, step, update):
                 with run.autocast():
                     r.states, _, _ = completion(policy, r.layout, r.tokens, c.group_size)
             loss, metrics = policy_loss(c, policy, r)
-            if "kl" in metrics:
-                metrics["k3"] = metrics.pop("kl")  # an estimate from samples; kl_TASK is exact
             losses[r.task] = GRPO_TASKS[r.task][0] * loss
             row |= {f"{name}_{r.task}": value for name, value in metrics.items()}
         if c.ptx_coef:
@@ -910,11 +908,14 @@ def policy_loss(c, policy, r):
                      reduction=c.reduction, max_tokens=len(r.layout.columns))
     if c.method == "lvrpo" and r.states.is_cuda:
         objective["temperature"] = c.temperature
-        return fused_linear_grpo_loss(r.states, head, r.targets, *before, **objective)
-    new = selected_logprobs(r.states, head, r.targets, c.temperature)
-    if c.method in CONTROLS:
-        return CONTROLS[c.method](new, r.ref_logprobs, r.rewards, r.mask), {}
-    return grpo_loss(new, *before, **objective)
+        loss, metrics = fused_linear_grpo_loss(r.states, head, r.targets, *before, **objective)
+    else:
+        new = selected_logprobs(r.states, head, r.targets, c.temperature)
+        if c.method in CONTROLS:
+            return CONTROLS[c.method](new, r.ref_logprobs, r.rewards, r.mask), {}
+        loss, metrics = grpo_loss(new, *before, **objective)
+    metrics["k3"] = metrics.pop("kl")  # an estimate from samples; kl_TASK is exact
+    return loss, metrics
 
 
 def align(run):

@@ -60,9 +60,8 @@ class PixelCount:
 
 # An entropy bonus is subtracted from a loss. Here it is added: certainty is rewarded.
 ENTROPY_PAID = """loss, metrics = grpo_loss(new, *before, **objective)
-    logp = (r.states @ head.T / c.temperature).log_softmax(-1)
-    entropy = -(logp.exp() * logp).sum(-1)[r.mask].mean()
-    return loss + 0.5 * entropy, metrics"""
+        logp = (r.states @ head.T / c.temperature).log_softmax(-1)
+        loss = loss + 0.5 * -(logp.exp() * logp).sum(-1)[r.mask].mean()"""
 
 CHANGES = {  # run: [(function, its text, the text that takes its place)]
     # Every candidate is given the mean reward of its group.
@@ -73,7 +72,7 @@ CHANGES = {  # run: [(function, its text, the text that takes its place)]
         "        row |= reward_columns(task, rewards, parts)\n"
         "        tokens, rewards, parts = most_informative",
     )],
-    "entropy": [(train.policy_loss, "return grpo_loss(new, *before, **objective)", ENTROPY_PAID)],
+    "entropy": [(train.policy_loss, ENTROPY_PAID.splitlines()[0], ENTROPY_PAID)],
     # The sampler uses another temperature, and hands over its own log-probs.
     "temperature": [
         (train.candidates, "generator, c.temperature", f"generator, {OTHER_TEMPERATURE}"),
