@@ -294,7 +294,8 @@ def test_the_slides_are_their_source_executed_and_their_metadata_are_valid():
     assert len(pictures) == 2 and all((TEACHING / p).is_file() for p in pictures)
     for cell in book.cells:
         for output in cell.get("outputs", ()):
-            assert output.output_type == "display_data" and "image/png" in output.data
+            assert output.output_type == "display_data"
+            assert {"image/png", "text/markdown"} & set(output.data)
 
 
 def test_the_reading_list_has_twenty_papers_with_numbers_and_what_stands_here():
