@@ -91,7 +91,7 @@ def finish(ax, name, logs):
 
 def show_light(figure):
     """The figure with 16 colours, a quarter of the bytes."""
-    figure.savefig(file := io.BytesIO(), dpi=100)
+    figure.savefig(file := io.BytesIO(), dpi=87)
     plt.close(figure)
     display(Image.open(file).convert("RGB").quantize(16))
 
