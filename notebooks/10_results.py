@@ -303,7 +303,7 @@ image = ax.imshow(grid, cmap="RdBu", vmin=-0.4, vmax=0.4, aspect="auto")
 figure.colorbar(image, label="lvrpo minus the method below")
 ax.set(yticks=range(len(rows)), yticklabels=rows, xticks=range(len(columns)), xticklabels=columns,
        title="● “replicated”   ○ but Student's interval contains 0")
-course.show_small(figure, colors=64)
+course.show_small(figure, colors=32)
 
 # %%
 for name, others in (("baselines", columns[:4]), ("controls", columns[4:])):
@@ -360,7 +360,7 @@ ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), yticks=ran
 ax.tick_params(labelsize=7)
 ax.legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in COLORS.values()], COLORS, fontsize=7,
           ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.07))  # fmt: skip
-course.show_small(figure, colors=64)
+course.show_small(figure, colors=32)
 
 # %%
 unified = {c["metric"]: c for c in claims if c["against"] == "unified"}
@@ -378,10 +378,11 @@ for verdict in COLORS:
 #   questions, the same answers, the same seconds. A reward of 0 or 1 tells less about an answer
 #   than the answer does. GRPO on questions is for cases where nobody knows the key but somebody
 #   can check an answer.
-# * **At equal diversity**, on ordinary prompts, alignment is ahead of its own base; look at the
-#   interval before you say that it is ahead of more training.
+# * **At equal diversity**, on ordinary prompts of the made world, alignment is ahead of its own base
+#   and level with more training. On real clothes it is ahead of both (printed below).
 # * **The controls** `rejection`, `dpo` and `best_of_n` have the same reward. Where they do as well,
-#   the reward did it, not the policy gradient.
+#   the reward did it, not the policy gradient. The best of 8 samples is even better on known pairs,
+#   at eight times the samples for every drawing; it cannot choose what is never drawn.
 # * Look at single seeds, too: exploration can fail. A base that never draws three objects by
 #   chance is never rewarded for it, and never learns it.
 
@@ -391,7 +392,46 @@ for metric in ("compose_heldout", "caption_three"):
         if metric in study["methods"].get(method, {}):
             print(f"{metric:16} {method:10} by seed: {study['methods'][method][metric]['seeds']}")
 
+for c in study["real"]:
+    if c["against"] == "unified":
+        print(f"clothes {c['metric']:26} {c['difference']:+.2f} "
+              f"({c['low']:+.2f} to {c['high']:+.2f}), {c['verdict']}")
+
 # %% [markdown]
+# ## 9. How to build a world in which one wins
+#
+# The last trap is the world itself. Take questions only, and let the answers of pre-training be
+# wrong in a share of cases, the *dose*, evenly over the other words of their kind. From that base
+# run GRPO, whose reward knows the right answers, and plain training twice: with the same right
+# answers, and without them (`results/dose.py`, three seeds; the page is `results/dose.md`).
+#
+# > **Predict.** Draw two curves over the dose: LVRPO minus plain training with the keys, and
+# > without. Where would you stop the dose if you wanted to sell GRPO?
+
+# %%
+doses = json.loads((HERE.parent / "results" / "dose.json").read_text(encoding="utf-8"))
+figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
+for ax, metric in zip(axes, ("vqa", "multihop")):
+    for other, color, label in (("unified", BLUE, "the same keys"),
+                                ("unified, no keys", RED, "no keys for unified")):
+        gaps = np.array([np.subtract(row[metric]["lvrpo"], row[metric][other])
+                         for row in doses.values()])  # (doses, seeds)
+        ax.plot(list(map(float, doses)), gaps.mean(1), "o-", color=color, label=label, markersize=4)
+        ax.plot(list(map(float, doses)), gaps, ".", color=color, markersize=3)
+    ax.axhline(0, color=GREY, linewidth=0.8)
+    ax.set(title=metric, xlabel="dose: share of wrong answers in pre-training")
+axes[0].set_ylabel("lvrpo − unified, share right")
+axes[0].legend(title="large: mean, small: each seed")
+course.show_small(figure)
+
+# %% [markdown]
+# **Check.** Without keys for its opponent, GRPO has nothing to show up to a dose of 55%, and at 70%
+# it is far ahead on two hops: there the likeliest answer to many questions is a wrong one, and only
+# one of the two methods is told so. With the same keys for both the win is gone; no interval over
+# the three seeds is above 0. The method never changed: the world and the information did. The first
+# edition's `vqa` (section 7) was such a point at 70%. So a fair table says how often its training
+# data are wrong, whether the likeliest answer is, and who sees which right answers.
+#
 # ## Before you believe a number
 #
 # * Which temperature? Show the front. Chosen on what? Not on the test items.
