@@ -49,7 +49,7 @@ from torch import nn
 from data import (BACKGROUND, CELL, CELLS, COLORS, SHAPES, SIDE, SIZES, Example, Object, Vocabulary,
                   at_once, parse_caption, pictures_of, related, shape_mask)
 from kernels import selected_logprobs
-from model import (Codebook, ModelConfig, Transformer, allowed_head, atomically, completion,
+from model import (BATCH, Codebook, ModelConfig, Transformer, allowed_head, atomically, completion,
                    load_tensors, outputs, pick_device, sample)
 from reward import CLIP, clip_score, drawing_logprobs, exact_match
 
@@ -353,9 +353,6 @@ def ranked_first(scores, also):
 
 
 # ------------------------------------------------ what a model can do
-
-
-BATCH = 512, 8192  # rows at once: on a CPU, on a GPU
 
 
 class Evaluator:

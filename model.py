@@ -314,6 +314,8 @@ class Transformer(nn.Module):
 
 # ------------------------------------------------ rows: sample them, then score them
 
+BATCH = 512, 8192  # rows at once, without gradients: on a CPU, on a GPU
+
 
 def read_prompts(model, layout, prompts, group):
     """Prefill: read each of B prompts once for all its G candidates. Returns the states (N, C)

@@ -41,7 +41,8 @@ from torch import nn
 
 from data import (COUNTS, END_THINK, FASHION_CLASSES, NOISE, PAD, THINK, Example, by_kind, edits,
                   in_pool, moved, parse_caption, render, scene_edits)
-from model import Block, RMSNorm, allowed_head, at_least_float32, completion, matmul, rotation
+from model import (BATCH, Block, RMSNorm, allowed_head, at_least_float32, completion, matmul,
+                   rotation)
 
 FLOOR = -6.0  # a hopeless candidate scores no worse than a bad one
 SURE = 0.5  # likelier than all its edits together is sure enough: here the reward stops rising
@@ -150,8 +151,8 @@ def drawing_logprobs(model, vocab, texts, codes):
     rows = vocab.rows("draw", [Example("draw", (), text, "") for text in texts], codes[:0, 0])
     rows = rows.repeat_interleave(group, 0)
     rows[:, layout.index] = codes.flatten(0, 1) + vocab.n_text
-    logprobs, at_once = [], 8192 if codes.is_cuda else 512
-    for chunk in rows.split(max(at_once // group, 1) * group):
+    logprobs = []
+    for chunk in rows.split(max(BATCH[codes.is_cuda] // group, 1) * group):
         states, targets, _ = completion(model, layout, chunk, group)
         logits = matmul(states.flatten(0, 1), allowed_head(model, layout).T.to(states.dtype))
         nll = F.cross_entropy(logits, targets.flatten(), reduction="none")
